@@ -26,6 +26,9 @@ from crossover_jax.presets import crossover_sgd_phases as crossover_sgd_phases
 from crossover_jax.presets import d_psgd as d_psgd
 from crossover_jax.presets import local_sgd as local_sgd
 from crossover_jax.presets import sgp as sgp
+from crossover_jax.specs import fsdp_specs as fsdp_specs
+from crossover_jax.specs import on_mesh as on_mesh
+from crossover_jax.specs import state_specs as state_specs
 from crossover_jax.topology import Pool as Pool
 from crossover_jax.topology import balanced as balanced
 from crossover_jax.topology import base as base
@@ -43,6 +46,8 @@ from crossover_jax.topology import shuffle as shuffle
 from crossover_jax.topology import stream as stream
 from crossover_jax.topology import symmetric as symmetric
 from crossover_jax.workers import copies as copies
+from crossover_jax.workers import from_local as from_local
+from crossover_jax.workers import local_part as local_part
 from crossover_jax.workers import mean as mean
 from crossover_jax.workers import per_worker as per_worker
 from crossover_jax.workers import worker as worker

@@ -1,6 +1,7 @@
 """What a program sends: collectives of compiled programs, bytes of traced ones."""
 
 import collections
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ _COLLECTIVE_LINE = re.compile(
     r"= (?P<result>\(?[a-z]+\d*[a-z0-9]*\[.*?) "
     r"(?P<operation>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|send)(?P<start>-start)?\("
 )
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _RING = {  # bytes that each of g members passes on, in units of the operation's result
     "all-reduce": lambda g: 2 * (g - 1) / g,
@@ -102,6 +104,39 @@ def _sent_by(eqn: Any, axis: str, n: int) -> float:
     return times * sum((_sent(getattr(inner, "jaxpr", inner), axis, n) for inner in _inner_jaxprs(params)), 0.0)
 
 
+def operations(function: Callable[..., Any], *args: Any, axes: dict[str, int] | None = None) -> float:
+    """Floating-point operations of the matrix products and convolutions in one call of `function`.
+
+    `function` is traced on values or shapes, not run; `axes` names the axes it expects around it, with their sizes. A
+    product counts 2 per multiply-add. What is in a `scan` counts as often as it runs (which XLA's own cost analysis
+    does not do), what is recomputed for a gradient counts again, and of the branches of a conditional the dearest.
+
+    >>> import jax.numpy as jnp
+    >>> operations(lambda x: x @ x, jnp.zeros((10, 10)))
+    2000.0
+    """
+    return _operations(jax.make_jaxpr(function, axis_env=[*(axes or {}).items()])(*args).jaxpr)
+
+
+def _operations(jaxpr: Any) -> float:
+    return sum((_operations_of(eqn) for eqn in jaxpr.eqns), 0.0)
+
+
+def _operations_of(eqn: Any) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2.0 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval
+        taps = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * eqn.outvars[0].aval.size * taps / math.prod(params["lhs_dilation"])  # zeros between are no work
+    if name == "cond":
+        return max(_operations(branch.jaxpr) for branch in params["branches"])
+    times = params.get("length", 1) if name == "scan" else 1
+    return times * sum((_operations(getattr(inner, "jaxpr", inner)) for inner in _inner_jaxprs(params)), 0.0)
+
+
 def _axes(params: dict[str, Any]) -> tuple[Any, ...]:
     names = params.get("axes", params.get("axis_name", ()))
     return names if isinstance(names, tuple) else (names,)
@@ -123,12 +158,14 @@ class Traffic(NamedTuple):
     bytes_per_worker: float  # that leave the worker
 
 
-def traffic(text: str, mesh: Mesh, axis: str = "worker") -> list[Traffic]:
+def traffic(text: str, mesh: Mesh, axis: str | tuple[str, ...] = "worker") -> list[Traffic]:
     """The collectives of a compiled program (`compiled.as_text()`) on `mesh`.
 
     A permute sends its message along each of its pairs; other collectives are counted as rings over their groups, what
-    they need at least. Both branches of a conditional are counted: exchanges that compile to a switch (`is_channels`)
-    send less than this says.
+    they need at least. What is in a loop counts as often as the loop runs, as far as its condition says that. Both
+    branches of a conditional are counted: exchanges that compile to a switch (`is_channels`) send less than this says.
+    Of a pod of several slices the text is one slice's, and what it sends inside is counted for the first. `axis` names
+    the axis of the workers, or both where there are two.
 
     >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("worker",))
     >>> traffic(" a = f32[8]{0} collective-permute(b), source_target_pairs={{0,1},{1,0}}", mesh)[0].bytes_per_worker
@@ -140,43 +177,41 @@ def traffic(text: str, mesh: Mesh, axis: str = "worker") -> list[Traffic]:
     """
     devices = list(mesh.devices.flat)
     place = {device.id: i for i, device in enumerate(devices)}
+    names = np.array(mesh.axis_names)
     where = np.stack(np.unravel_index(np.arange(len(devices)), mesh.devices.shape), axis=-1)
-    worker = where[:, mesh.axis_names.index(axis)]
+    of_workers = [mesh.axis_names.index(name) for name in ((axis,) if isinstance(axis, str) else axis)]
+    worker = np.unique(where[:, of_workers], axis=0, return_inverse=True)[1].reshape(-1)
+    island = np.array([_island(device) for device in devices])
     counts: collections.Counter = collections.Counter()
     sent: dict = collections.defaultdict(lambda: np.zeros(len(devices)))
     left: dict = collections.defaultdict(lambda: np.zeros(len(devices)))
-    for operation, edges in _messages(text, place):
-        kinds = set()
-        for source, target, num_bytes in edges:
-            axes = tuple(np.array(mesh.axis_names)[where[source] != where[target]].tolist())
-            kind = (operation, axes, _link(devices[source], devices[target]))
-            kinds.add(kind)
-            sent[kind][source] += num_bytes
-            left[kind][worker[source]] += num_bytes * (worker[source] != worker[target])
-        counts.update(kinds)
+    for operation, edges, times in _messages(text, place):
+        if not edges:
+            continue
+        source, target, num_bytes = (np.array(column) for column in zip(*edges, strict=True))
+        # At 16,384 chips there are half a million messages: a loop over them takes seconds, one over kinds does not.
+        across = np.concatenate([where[source] != where[target], (island[source] != island[target])[:, None]], axis=1)
+        kinds, kind_of = np.unique(across, axis=0, return_inverse=True)
+        for i, (*differs, over_dcn) in enumerate(kinds.tolist()):
+            kind = (operation, tuple(names[differs].tolist()), "DCN" if over_dcn else "ICI")
+            of_kind = kind_of.reshape(-1) == i
+            s, t, size = source[of_kind], target[of_kind], times * num_bytes[of_kind]
+            counts[kind] += times
+            np.add.at(sent[kind], s, size)
+            np.add.at(left[kind], worker[s], size * (worker[s] != worker[t]))
     return [
-        Traffic(
-            operation,
-            axes,
-            link,
-            counts[operation, axes, link],
-            float(chip.max()),
-            float(left[operation, axes, link].max()),
-        )
-        for (operation, axes, link), chip in sorted(sent.items())
+        Traffic(*kind, counts[kind], float(chip.max()), float(left[kind].max())) for kind, chip in sorted(sent.items())
     ]
 
 
-def _link(source: jax.Device, target: jax.Device) -> str:
-    crosses = getattr(source, "slice_index", None) != getattr(target, "slice_index", None) or (
-        source.platform != "tpu" and source.process_index != target.process_index
-    )
-    return "DCN" if crosses else "ICI"
+def _island(device: jax.Device) -> int:
+    """Devices of one number reach each other over ICI: a slice of TPUs, a host of others."""
+    return (getattr(device, "slice_index", 0) or 0) if device.platform == "tpu" else device.process_index
 
 
-def _messages(text: str, place: dict[int, int]) -> Iterator[tuple[str, list[tuple[int, int, float]]]]:
-    """Each collective's name and its messages (source, target, bytes), devices by their place in the mesh."""
-    for line in text.splitlines():
+def _messages(text: str, place: dict[int, int]) -> Iterator[tuple[str, list[tuple[int, int, float]], int]]:
+    """Each collective's name, its messages (source, target, bytes), devices by their place in the mesh, how often."""
+    for line, times in _lines(text):
         if not (found := _COLLECTIVE_LINE.search(line)):
             continue
         operation = found["operation"]
@@ -184,11 +219,11 @@ def _messages(text: str, place: dict[int, int]) -> Iterator[tuple[str, list[tupl
         if operation == "send":
             pairs = re.search(r"_xla_megascale_target=\{(.*?)\}\}", line)
             ids = re.findall(r"(\d+)->(\d+)", pairs[1]) if pairs else []
-            yield operation, [(place[int(s)], place[int(t)], sizes[0]) for s, t in ids]
+            yield operation, [(place[int(s)], place[int(t)], sizes[0]) for s, t in ids], times
         elif operation == "collective-permute":
             pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
             ids = re.findall(r"(\d+),(\d+)", pairs[1]) if pairs else []
-            yield operation, [(int(s), int(t), sizes[0]) for s, t in ids if s != t]
+            yield operation, [(int(s), int(t), sizes[0]) for s, t in ids if s != t], times
         else:
             groups = [group for group in replica_groups(line, len(place)) if len(group) > 1]
             yield (
@@ -198,7 +233,46 @@ def _messages(text: str, place: dict[int, int]) -> Iterator[tuple[str, list[tupl
                     for group in groups
                     for source, target in zip(group, [*group[1:], group[0]], strict=True)
                 ],
+                times,
             )
+
+
+def _lines(text: str) -> Iterator[tuple[str, int]]:
+    """The lines of a program, each with how often it runs."""
+    bodies: dict[str, list[str]] = {"": []}  # by computation; the first is for what is in none
+    name = ""
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            name = found[1]
+            bodies[name] = []
+        bodies[name].append(line)
+        name = "" if line.startswith("}") else name
+    callers = collections.defaultdict(list)
+    for caller, lines in bodies.items():
+        for line in lines:
+            times = _trip_count(line, bodies) if " while(" in line else 1
+            for called in re.findall(r"\w+=\{?((?:%[\w.\-]+(?:, )?)+)", line.partition(" = ")[2]):
+                for callee in re.findall(r"[\w.\-]+", called):
+                    callers[callee].append((caller, times))
+
+    @functools.cache
+    def runs(name: str) -> int:
+        return sum(times * runs(caller) for caller, times in callers[name]) if callers[name] else 1
+
+    for name, lines in bodies.items():
+        for line in lines:
+            yield line, runs(name)
+
+
+def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop runs: as XLA knows it, or the bound that its condition compares a counter with; else 1."""
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+        return int(found[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = "\n".join(bodies.get(condition[1], [])) if condition else ""
+    compared = re.search(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", lines)
+    bound = compared and re.search(rf"%?{re.escape(compared[1])} = s32\S* constant\((\d+)\)", lines)
+    return int(bound[1]) if bound else 1
 
 
 def _result_bytes(sizes: list[int], found: re.Match, group_size: int) -> float:

@@ -1,4 +1,7 @@
-"""Named algorithms: "my optimizer, but gossiping". Each is a composition of a pool, a table, a cut and an order."""
+"""Named algorithms: "my optimizer, but gossiping". Each is a composition of a pool, a table, a cut and an order.
+
+`axis` and `specs` are `gossip`'s everywhere: the axis of the workers, and how leaves lie inside a worker.
+"""
 
 import math
 from collections.abc import Callable
@@ -65,6 +68,7 @@ def crossover_sgd_paper(
     load_balanced: bool = True,
     seed: int = 0,
     axis: str = "worker",
+    specs: PyTree = None,
 ) -> Algorithm:
     """Crossover-SGD as the paper ran it: at each step each segment draws its own permutation by Algorithm 2.
 
@@ -76,11 +80,11 @@ def crossover_sgd_paper(
     """
     pool = (balanced if load_balanced else pull)(num_workers, pool_size, seed)
     table = sample(cut.num_segments, pool.num_rounds, seed=seed)
-    return mix_after(optimizer, gossip(pool, table, cut, axis))
+    return mix_after(optimizer, gossip(pool, table, cut, axis, specs=specs))
 
 
 def crossover_sgd_phases(
-    optimizer: Optimizer, num_workers: int, *, during: bool = False, axis: str = "worker"
+    optimizer: Optimizer, num_workers: int, *, during: bool = False, axis: str = "worker", specs: PyTree = None
 ) -> Algorithm:
     """The one-peer exponential graph with every segment in its own phase: exact averages, many peers per step.
 
@@ -96,13 +100,18 @@ def crossover_sgd_phases(
     """
     pool = exponential(num_workers)
     table = rotate(pool.num_rounds, pool.num_rounds)
-    return crossover_sgd(
-        optimizer, num_workers, pool=pool, cut=by_size(pool.num_rounds), table=table, during=during, axis=axis
-    )
+    cut = by_size(pool.num_rounds)
+    return crossover_sgd(optimizer, num_workers, pool=pool, cut=cut, table=table, during=during, axis=axis, specs=specs)
 
 
 def sgp(
-    optimizer: Optimizer, num_workers: int, *, peers: int = 1, pool: Pool | None = None, axis: str = "worker"
+    optimizer: Optimizer,
+    num_workers: int,
+    *,
+    peers: int = 1,
+    pool: Pool | None = None,
+    axis: str = "worker",
+    specs: PyTree = None,
 ) -> Algorithm:
     """Stochastic gradient push: the whole model goes along the exponential graph, z = x / w is trained.
 
@@ -121,11 +130,11 @@ def sgp(
     pool = exponential(num_workers, peers) if pool is None else pool
     table, cut = cycle(1, pool.num_rounds), whole()
     if pool.keeps_agreement:
-        return mix_after(optimizer, gossip(pool, table, cut, axis))
-    return push_sum(optimizer, pool, table, cut, axis=axis)
+        return mix_after(optimizer, gossip(pool, table, cut, axis, specs=specs))
+    return push_sum(optimizer, pool, table, cut, axis=axis, specs=specs)
 
 
-def d_psgd(optimizer: Optimizer, num_workers: int, *, axis: str = "worker") -> Algorithm:
+def d_psgd(optimizer: Optimizer, num_workers: int, *, axis: str = "worker", specs: PyTree = None) -> Algorithm:
     """Decentralised parallel SGD on a ring: x_i <- W x + u_i with both neighbours and oneself at 1/3.
 
     Reference: Lian et al., Can Decentralized Algorithms Outperform Centralized Algorithms?, arXiv:1705.09056.
@@ -135,7 +144,7 @@ def d_psgd(optimizer: Optimizer, num_workers: int, *, axis: str = "worker") -> A
     >>> jax.vmap(lambda x: algorithm.update(x, algorithm.init(x), x, 0)[0], axis_name="worker")(x).round(3).tolist()
     [1.0, 1.0, 0.0, 1.0]
     """
-    return mix_during(optimizer, gossip(ring(num_workers), cycle(1, 1), whole(), axis))
+    return mix_during(optimizer, gossip(ring(num_workers), cycle(1, 1), whole(), axis, specs=specs))
 
 
 def allreduce_sgd(optimizer: Optimizer, *, axis: str = "worker") -> Algorithm:

@@ -1,6 +1,7 @@
 """From the step of one worker to all workers: on a mesh, or simulated on one device."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,16 +13,17 @@ from jax.sharding import PartitionSpec as P
 from crossover_jax.cuts import flatten, travels, widened
 
 PyTree = Any
+Axis = str | tuple[str, ...]
 
 
 def per_worker(
     step: Callable[..., PyTree],
-    where: Mesh | int,
+    where: Mesh | int | tuple[int, ...],
     replicated: Sequence[int] = (),
     *,
     out_specs: PyTree = None,
     donate: bool = True,
-    axis: str = "worker",
+    axis: Axis = "worker",
 ) -> jax.stages.Wrapped:
     """All workers' step, compiled, from the step of one worker, which sees values without a leading axis.
 
@@ -31,13 +33,17 @@ def per_worker(
     Where the state is sharded inside its worker, `out_specs` repeats that for what is returned: PartitionSpecs over the
     inner axes (None: not sharded), a prefix of the result, `(state_specs, None)`.
 
+    Workers may be named by two axes, for gossip on two levels: `axis=("worker", "fast")` on a mesh that has both, or
+    with `where=(4, 8)` simulated; the leading axis of everything stays one, over all 32 of them.
+
     Raises `ValueError` while tracing if a leaf lacks the leading axis of workers, or if the mesh lacks `axis`.
 
     >>> total = per_worker(lambda x: jax.lax.psum(x, "worker"), 4)
     >>> total(jnp.arange(4.0)).tolist()
     [6.0, 6.0, 6.0, 6.0]
     """
-    num_workers = _num_workers(where, axis)
+    sizes = _sizes(where, axis)
+    num_workers = math.prod(sizes)
     donated = (0,) if donate and 0 not in replicated else ()
 
     def check(args):
@@ -45,12 +51,16 @@ def per_worker(
             if i not in replicated:
                 _check_leading_axis(arg, num_workers, f"argument {i}")
 
-    if isinstance(where, int):
+    if not isinstance(where, Mesh):
 
         def simulated(*args):
             check(args)
             in_axes = [None if i in replicated else 0 for i in range(len(args))]
-            return jax.vmap(step, axis_name=axis, axis_size=num_workers, in_axes=in_axes)(*args)
+            all_workers = step
+            for name, size in reversed(list(zip(_names(axis), sizes, strict=True))):
+                all_workers = jax.vmap(all_workers, axis_name=name, axis_size=size, in_axes=in_axes)
+            args = [arg if i in replicated else _reshaped(arg, 1, sizes) for i, arg in enumerate(args)]
+            return _reshaped(all_workers(*args), len(sizes), (num_workers,))
 
         return jax.jit(simulated, donate_argnums=donated)
 
@@ -61,32 +71,102 @@ def per_worker(
     def distributed(*args):
         check(args)
         in_specs = tuple(P() if i in replicated else P(axis) for i in range(len(args)))
-        return jax.shard_map(one, mesh=where, in_specs=in_specs, out_specs=P(axis), axis_names={axis})(*args)
+        return jax.shard_map(one, mesh=where, in_specs=in_specs, out_specs=P(axis), axis_names=set(_names(axis)))(*args)
 
     # Without the state's own sharding on what is returned, nothing is aliased and the next call compiles again.
-    out_shardings = jax.tree.map(
+    return jax.jit(distributed, donate_argnums=donated, out_shardings=_shardings(where, out_specs, axis))
+
+
+def _reshaped(tree: PyTree, leading: int, sizes: tuple[int, ...]) -> PyTree:
+    """The first `leading` dimensions of every leaf as `sizes`."""
+    return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[leading:]), tree)
+
+
+def _shardings(where: Mesh, specs: PyTree, axis: Axis) -> PyTree:
+    return jax.tree.map(
         lambda spec: NamedSharding(where, P(axis, *(spec or ()))),
-        out_specs,
+        specs,
         is_leaf=lambda spec: spec is None or isinstance(spec, P),
     )
-    return jax.jit(distributed, donate_argnums=donated, out_shardings=out_shardings)
 
 
-def copies(tree: PyTree, where: Mesh | int, *, axis: str = "worker") -> PyTree:
+def copies(
+    tree: PyTree | Callable[[], PyTree],
+    where: Mesh | int | tuple[int, ...],
+    *,
+    specs: PyTree = None,
+    axis: Axis = "worker",
+) -> PyTree:
     """One copy of the tree per worker: each leaf gets a leading axis of workers, placed where `per_worker` wants it.
+
+    `tree` may be a function that makes it: it is compiled with its result in place, so that no device ever holds more
+    than its part, and nothing is sent where there are many processes. `specs` shards the copies inside their workers
+    as in `per_worker`: PartitionSpecs over the inner axes (None: not sharded), or a prefix of such a tree.
 
     >>> copies({"w": jnp.ones(3)}, 4)["w"].shape
     (4, 3)
+    >>> copies(lambda: {"w": jnp.ones(3)}, 4)["w"].shape
+    (4, 3)
     """
-    num_workers = _num_workers(where, axis)
+    num_workers = math.prod(_sizes(where, axis))
 
     def stack(tree):
         return jax.tree.map(lambda x: jnp.broadcast_to(_strong(x), (num_workers, *jnp.shape(x))), tree)
 
-    if isinstance(where, int):
-        return jax.jit(stack)(tree)
-    tree = jax.device_put(tree, NamedSharding(where, P()))  # it may be committed to one device
-    return jax.jit(stack, out_shardings=NamedSharding(where, P(axis)))(tree)
+    shardings = None if not isinstance(where, Mesh) else _shardings(where, specs, axis)
+    if callable(tree):
+        return jax.jit(lambda: stack(tree()), out_shardings=shardings)()
+    if isinstance(where, Mesh):
+        tree = jax.device_put(tree, NamedSharding(where, P()))  # it may be committed to one device
+    return jax.jit(stack, out_shardings=shardings)(tree)
+
+
+def local_part(
+    shape: Sequence[int],
+    where: Mesh,
+    spec: P | None = None,
+    *,
+    axis: Axis = "worker",
+) -> tuple[slice, ...]:
+    """The part of a global array `[workers, ...]` of that shape that the devices of this process hold.
+
+    `spec` is over the inner axes, for the dimensions after the first: of a batch `[workers, per worker, ...]` that the
+    devices of a worker share it is `P("data")`. A process reads just this part, and `from_local` puts it in place.
+    Raises `ValueError` if what the process holds is not one block.
+
+    >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("worker", "data"))
+    >>> local_part((4, 16), mesh, P("data"))
+    (slice(0, 4, None), slice(0, 16, None))
+    """
+    shape = tuple(shape)
+    held = NamedSharding(where, P(axis, *(spec or ()))).addressable_devices_indices_map(shape).values()
+    blocks = {tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for index in held if index}
+    box = [(min(start), max(stop)) for start, stop in (zip(*ends, strict=True) for ends in zip(*blocks, strict=True))]
+    if sum(_volume(block) for block in blocks) != _volume(box):
+        raise ValueError(
+            f"`where` must give this process one block of an array {list(shape)}, got {len(blocks)} blocks that are "
+            "not one: order the mesh's devices by process, as `make_mesh` does."
+        )
+    return tuple(slice(start, stop) for start, stop in box)
+
+
+def _volume(box: Iterable[tuple[int, int]]) -> int:
+    return math.prod(stop - start for start, stop in box)
+
+
+def from_local(batch: PyTree, where: Mesh, spec: P | None = None, *, axis: Axis = "worker") -> PyTree:
+    """Global arrays `[workers, per worker, ...]` of which each process gives the part that its own devices hold.
+
+    `batch` has this process's `local_part` of every leaf, as numpy arrays; with one process that is the whole. `spec`
+    is over the inner axes, for the dimensions after the first. Nothing is sent between processes.
+
+    >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("worker", "data"))
+    >>> from_local(np.zeros((4, 16, 3)), mesh, P("data")).sharding.spec == P("worker", "data")
+    True
+    """
+    sharding = NamedSharding(where, P(axis, *(spec or ())))
+    with jax.transfer_guard_host_to_device("allow"):  # these are asked for
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def _strong(x: Any) -> jax.Array:
@@ -126,14 +206,23 @@ def _worker(tree: PyTree, i: jax.Array) -> PyTree:
     return jax.tree.map(lambda x: x[i], tree)
 
 
-def _num_workers(where: Mesh | int, axis: str) -> int:
-    if isinstance(where, int):
-        if where < 1:
-            raise ValueError(f"`where` must be a mesh or a number of workers of at least 1, got {where}.")
-        return where
-    if axis not in where.shape:
-        raise ValueError(f"`where` must have an axis {axis!r}, got a mesh with axes {tuple(where.shape)}.")
-    return where.shape[axis]
+def _names(axis: Axis) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else axis
+
+
+def _sizes(where: Mesh | int | tuple[int, ...], axis: Axis) -> tuple[int, ...]:
+    """How many workers there are along each axis."""
+    names = _names(axis)
+    if isinstance(where, Mesh):
+        if missing := [name for name in names if name not in where.shape]:
+            raise ValueError(f"`where` must have an axis {missing[0]!r}, got a mesh with axes {tuple(where.shape)}.")
+        return tuple(where.shape[name] for name in names)
+    sizes = (where,) if isinstance(where, int) else where
+    if min(sizes) < 1 or len(sizes) != len(names):
+        raise ValueError(
+            f"`where` must be a mesh or a number of workers of at least 1 for each axis of {names}, got {where}."
+        )
+    return sizes
 
 
 def _check_leading_axis(tree: PyTree, num_workers: int, what: str) -> None:

@@ -14,7 +14,7 @@ from experiments import models
 PyTree = Any
 
 
-def _crossover(c, optimizer, n, params):
+def _crossover(c, optimizer, n, params, specs):
     """As recommended: `latin`, `shuffle`, `by_size`; 0 `segments` or `pool_size` choose by the number of workers."""
     pool = cj.latin(n, c.pool_size, c.seed) if c.pool_size else None
     return cj.crossover_sgd(
@@ -25,26 +25,34 @@ def _crossover(c, optimizer, n, params):
         during=c.during,
         local_steps=c.local_steps,
         seed=c.seed,
+        specs=specs,
     )
 
 
 def _paper(cut: bool, load_balanced: bool):
-    def make(c, optimizer, n, params):
+    def make(c, optimizer, n, params, specs):
         segments = cj.by_module(params, models.fine) if cut else cj.whole()
         size = c.pool_size or 8
-        return cj.crossover_sgd_paper(optimizer, n, segments, pool_size=size, load_balanced=load_balanced, seed=c.seed)
+        return cj.crossover_sgd_paper(
+            optimizer, n, segments, pool_size=size, load_balanced=load_balanced, seed=c.seed, specs=specs
+        )
 
     return make
 
 
-# name -> (config.algorithm, optimizer, number of workers, parameters of one worker) -> Algorithm
-ALGORITHMS: dict[str, Callable[[ml_collections.ConfigDict, Any, int, PyTree], cj.Algorithm]] = {
-    "allreduce": lambda c, optimizer, n, params: cj.allreduce_sgd(optimizer),
-    "local_sgd": lambda c, optimizer, n, params: cj.local_sgd(optimizer, c.local_steps),
-    "d_psgd": lambda c, optimizer, n, params: cj.d_psgd(optimizer, n),
-    "sgp": lambda c, optimizer, n, params: cj.sgp(optimizer, n, peers=c.peers),
+def _phases(c, optimizer, n, params, specs):
+    return cj.crossover_sgd_phases(optimizer, n, during=c.during, specs=specs)
+
+
+# name -> (config.algorithm, optimizer, number of workers, one worker's parameters and their specs) -> Algorithm
+ALGORITHMS: dict[str, Callable[[ml_collections.ConfigDict, Any, int, PyTree, PyTree], cj.Algorithm]] = {
+    "alone": lambda c, optimizer, n, params, specs: cj.mix_after(optimizer, cj.chain()),  # nobody hears anybody
+    "allreduce": lambda c, optimizer, n, params, specs: cj.allreduce_sgd(optimizer),
+    "local_sgd": lambda c, optimizer, n, params, specs: cj.local_sgd(optimizer, c.local_steps),
+    "d_psgd": lambda c, optimizer, n, params, specs: cj.d_psgd(optimizer, n, specs=specs),
+    "sgp": lambda c, optimizer, n, params, specs: cj.sgp(optimizer, n, peers=c.peers, specs=specs),
     "crossover": _crossover,
-    "crossover_phases": lambda c, optimizer, n, params: cj.crossover_sgd_phases(optimizer, n, during=c.during),
+    "crossover_phases": _phases,
     "crossover_paper": _paper(cut=True, load_balanced=True),
     "crossover_no_balance": _paper(cut=True, load_balanced=False),
     "crossover_no_segments": _paper(cut=False, load_balanced=True),
@@ -53,10 +61,14 @@ ALGORITHMS: dict[str, Callable[[ml_collections.ConfigDict, Any, int, PyTree], cj
 
 
 def make_algorithm(
-    config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation, num_workers: int, params: PyTree
+    config: ml_collections.ConfigDict,
+    optimizer: optax.GradientTransformation,
+    num_workers: int,
+    params: PyTree,
+    specs: PyTree = None,
 ) -> cj.Algorithm:
-    """The algorithm that `config.algorithm` describes."""
-    return ALGORITHMS[config.name](config, optimizer, num_workers, params)
+    """The algorithm that `config.algorithm` describes; `specs` is how parameters lie inside a worker."""
+    return ALGORITHMS[config.name](config, optimizer, num_workers, params, specs)
 
 
 def require_known(key: str, name: str, names: Iterable[str]) -> None:
@@ -69,14 +81,25 @@ def require_known(key: str, name: str, names: Iterable[str]) -> None:
 
 
 def make_optimizer(config: ml_collections.ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """Momentum SGD with linear warm-up and cosine decay to zero; weight decay on matrices and filters only.
+    """Momentum SGD or AdamW with linear warm-up and cosine decay to zero; weight decay on matrices and filters only.
 
     `config.warmup` is a part of all steps: of w steps of warm-up the first takes 1 / (w + 1) of the learning rate.
+    Raises `ValueError` for an unknown `config.name`.
     """
+    require_known("config.optimizer.name", config.name, ("sgd", "adamw"))
     warmup = round(config.warmup * num_steps)
     schedule = optax.schedules.warmup_cosine_decay_schedule(
         config.learning_rate / (warmup + 1), config.learning_rate, warmup, max(num_steps, warmup + 1)
     )
+    if config.name == "adamw":
+        return optax.adamw(
+            schedule,
+            b1=config.momentum,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=_is_matrix,
+            nesterov=config.nesterov,
+        )
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
@@ -84,4 +107,8 @@ def make_optimizer(config: ml_collections.ConfigDict, num_steps: int) -> optax.G
 
 
 def _is_matrix(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+    def is_matrix(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return x.ndim > 1 and not name.endswith("norm")  # the scales of scanned layers are [layers, width]
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

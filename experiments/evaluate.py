@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from crossover_jax import Algorithm, consensus_distance, mean, per_worker
+from experiments import processes
 from experiments.step import TrainState, fetch
 
 PyTree = Any
@@ -19,35 +20,42 @@ Predict = Callable[[PyTree, PyTree, jax.Array], jax.Array]
 
 
 def make_evaluate(
-    predict: Predict, algorithm: Algorithm, where: Mesh | int
+    predict: Predict, algorithm: Algorithm, where: Mesh | int, specs: TrainState | None = None
 ) -> Callable[[int, TrainState, Iterable[PyTree]], dict[str, float]]:
     """A function `(step, state, batches) -> metrics` under the keys of `metrics.jsonl`.
 
     Batches are numpy's, with `image`, `label` and a `mask` of the examples that count, `[rows, ...]`, the same for all
     workers. The averaged model has the average of the workers' parameters and of their BatchNorm statistics. On a mesh
-    the number of rows must be a multiple of the number of devices. The function raises `Diverged`, naming `step`.
+    the number of rows must be a multiple of the devices that share them; `specs` is how the state lies inside a worker.
+    The function raises `Diverged`, naming `step`.
     """
     totals = partial(_totals, predict)
-    models = per_worker(lambda s: (algorithm.model(s.params, s.algorithm), s.model_state), where, donate=False)
+    models = per_worker(
+        lambda s: (algorithm.model(s.params, s.algorithm), s.model_state),
+        where,
+        out_specs=None if specs is None else (specs.params, specs.model_state),
+        donate=False,
+    )
     of_mean = jax.jit(totals)
     if isinstance(where, int):
         of_workers = jax.jit(lambda models, batch: jax.lax.map(lambda own: totals(own, batch), models))
-        everybody = shared = None
+        place_for_mean = place_for_workers = jax.device_put
     else:
         of_workers = per_worker(totals, where, replicated=(1,), donate=False)
-        # The averaged model is one: its devices share the examples.
-        everybody, shared = NamedSharding(where, P()), NamedSharding(where, P(where.axis_names))
+        # Of the averaged model there is one, all devices share its examples; of the others, those of one worker.
+        inner = batch_axes(where)
+        place_for_mean = partial(processes.place, sharding=NamedSharding(where, P(("worker", *inner))))
+        place_for_workers = partial(processes.place, sharding=NamedSharding(where, P(inner)))
 
     def evaluate(step: int, state: TrainState, batches: Iterable[PyTree]) -> dict[str, float]:
         own = models(state)
         averaged = mean(own)
         counts = [
-            (of_mean(averaged, jax.device_put(batch, shared)), of_workers(own, jax.device_put(batch, everybody)))
-            for batch in batches
+            (of_mean(averaged, place_for_mean(batch)), of_workers(own, place_for_workers(batch))) for batch in batches
         ]
         distance = consensus_distance(own[0])
-        (mean_right, mean_loss, count), (right, loss, _) = jax.tree.map(lambda *x: sum(x), *jax.device_get(counts))
-        fetch(step, {"evaluation loss": loss / count})
+        (mean_right, mean_loss, count), (right, loss, _) = processes.fetch(_sum(counts))
+        fetch(step, [{"evaluation loss": loss / count}])
         return {
             "eval/mean/accuracy": float(mean_right / count),
             "eval/mean/loss": float(mean_loss / count),
@@ -60,9 +68,20 @@ def make_evaluate(
     return evaluate
 
 
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes inside a worker whose devices share its examples; those of "tensor" all work on the same."""
+    return tuple(name for name in mesh.axis_names if name not in ("worker", "tensor"))
+
+
+@jax.jit
+def _sum(trees: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *x: sum(x), *trees)
+
+
 def _totals(predict: Predict, model: tuple[PyTree, PyTree], batch: PyTree):
-    """Number of right answers, sum of losses and number of examples of one batch."""
+    """Number of right answers, sum of losses and number of labels of one batch, of its examples that count."""
     logits = predict(*model, batch["image"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    right = (logits.argmax(-1) == batch["label"]) & batch["mask"]
-    return right.sum(), jnp.where(batch["mask"], losses, 0).sum(), batch["mask"].sum()
+    counts = jnp.broadcast_to(jnp.expand_dims(batch["mask"], range(1, losses.ndim)), losses.shape)
+    right = (logits.argmax(-1) == batch["label"]) & counts
+    return right.sum(), jnp.where(counts, losses, 0).sum(), counts.sum()

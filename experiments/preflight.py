@@ -2,40 +2,47 @@
 
     python experiments/preflight.py --config=experiments/configs/fashion_mnist.py --topology=v5e:2x4 --num_slices=4
 
-Needs the package libtpu, no TPU. Exit code 0: compiles and fits; 2: does not fit; 1: anything else.
+For TPUs the package libtpu is needed, no TPU. `--platform=cpu --num_devices=8` compiles for CPU devices, and
+`--platform=gpu` for the GPUs of this machine. Exit code 0: compiles and fits; 2: does not fit; 1: anything else.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 import sys
 import time
-from functools import partial
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+import optax
 from absl import app, flags
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, traffic
-from experiments import data, models, report, train
-from experiments.algorithms import make_algorithm, make_optimizer
-from experiments.step import init_state, make_train_step
+from crossover_jax.compiled import collectives, operations, traffic
+from experiments import data, report, train
+from experiments.algorithms import make_algorithm
+from experiments.evaluate import batch_axes
 
 PyTree = Any
+PLATFORM = flags.DEFINE_enum("platform", "tpu", ["tpu", "cpu", "gpu"], "What to compile for.")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "A slice, as libtpu names it: v5e:16x16, v5p:4x4x4, v6e:16x16.")
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices, connected by the data centre's network (DCN).")
-EXCHANGE_ONLY = flags.DEFINE_bool("exchange_only", False, "Compile the optimizer's update with its exchange alone.")
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+NUM_DEVICES = flags.DEFINE_integer("num_devices", None, "Devices, for CPUs and GPUs; default: all there are.")
+EXCHANGE_ONLY = flags.DEFINE_bool(
+    "exchange_only", False, "Compile one round of the exchange, without the training step."
+)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object; sizes in bytes.")
 
 
 class DoesNotFit(Exception):
@@ -53,122 +60,173 @@ def preflight(config: ml_collections.ConfigDict, devices: list[jax.Device], *, e
         raise ValueError(
             f"`config.simulate` must be 'auto' or 'no' for {len(devices)} devices, got {config.simulate!r}."
         )
-    dataset = data.DATASETS[config.dataset.name]
-    graphdef, params, model_state = shapes_of_model(config, dataset)
-    algorithm = make_algorithm(config.algorithm, make_optimizer(config.optimizer, 1000), config.num_workers, params)
-    state = jax.eval_shape(lambda p, m: init_state(p, m, algorithm), params, model_state)
-    each = config.batch_size // config.num_workers
-    batch = {
-        "image": jax.ShapeDtypeStruct((each, *dataset.image_shape), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((each,), jnp.int32),
-    }
-
-    def of_workers(tree, spec):
-        sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((config.num_workers, *x.shape), x.dtype, sharding=sharding), tree
-        )
-
+    dataset = data.describe(config.dataset.name, sequence=config.dataset.sequence)
+    program = train.make_program(config, dataset, mesh, num_steps=config.steps or 1000)
+    assert program.specs is not None
+    state = of_workers(program.shapes, mesh, program.specs)
+    batch = of_workers(data.batch_shapes(dataset, config.batch_size // config.num_workers), mesh, P(batch_axes(mesh)))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    if exchange_only:
-        run = cj.per_worker(lambda s, t: algorithm.update(s.params, s.algorithm, s.params, t), mesh, replicated=(1,))
-        args = (of_workers(state, P("worker")), step)
-    else:
-        loss_fn = partial(train.loss_fn, train.make_apply(graphdef, dataset))
-        run = make_train_step(loss_fn, algorithm, mesh, seed=config.seed, micro_batches=config.micro_batches)
-        args = (of_workers(state, P("worker")), of_workers(batch, P(*mesh.axis_names)), step)
+    found = {
+        "devices": len(devices),
+        "workers": config.num_workers,
+        "inside": {name: size for name, size in mesh.shape.items() if name != "worker"},
+        "memory_bytes_per_chip": available_memory(devices[0]),
+        "model_bytes": num_bytes(program.shapes.params),
+        "parameter_bytes_per_chip": bytes_per_chip(state.params),
+        "optimizer_bytes_per_chip": bytes_per_chip(state.algorithm),
+        "batch_bytes_per_chip": bytes_per_chip(batch),
+    }
+    try:
+        found["exchange"] = of_compiled(exchange(config, program, mesh), (state.params, step), mesh)
+        if not exchange_only:
+            found["step"] = of_compiled(program.step, (state, batch, step), mesh)
+    except DoesNotFit as error:
+        raise DoesNotFit(f"{error}\n{as_table(found)}") from None
+    return found
+
+
+def exchange(config: ml_collections.ConfigDict, program: train.Program, mesh: Mesh) -> jax.stages.Wrapped:
+    """One round of the config's algorithm and nothing else: its optimizer adds what it is given."""
+    assert program.specs is not None
+    specs = program.specs.params
+    algorithm = make_algorithm(config.algorithm, optax.identity(), config.num_workers, program.shapes.params, specs)
+
+    def mix(params, step):
+        updates = jax.tree.map(jnp.zeros_like, params)
+        return algorithm.update(updates, algorithm.init(params), params, step)[0]
+
+    return cj.per_worker(mix, mesh, replicated=(1,), out_specs=specs)
+
+
+def of_compiled(run: jax.stages.Wrapped, args: tuple[PyTree, ...], mesh: Mesh) -> dict[str, Any]:
+    """What the compiler says of a program and what its text sends. Raises `DoesNotFit`."""
     began = time.perf_counter()
-    compiled = compile_or_refuse(run, args)
+    lowered = run.lower(*args)
+    traced = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(str(error).splitlines()[0]) from None
+    done = time.perf_counter()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
     return {
-        "devices": len(devices),
-        "workers": config.num_workers,
-        "devices_per_worker": len(devices) // config.num_workers,
-        "compile_seconds": time.perf_counter() - began,
-        "parameter_bytes": num_bytes(params),
-        "state_bytes_per_chip": num_bytes(state),
+        "trace_seconds": traced - began,
+        "compile_seconds": done - traced,
         "argument_bytes_per_chip": memory.argument_size_in_bytes,
         "temporary_bytes_per_chip": memory.temp_size_in_bytes,
         "peak_bytes_per_chip": getattr(memory, "peak_memory_in_bytes", None),
-        "floating_point_operations_per_chip": (compiled.cost_analysis() or {}).get("flops"),
+        "operations_per_chip": operations(run, *args) * mesh.shape["worker"] / mesh.size,  # a worker's, shared evenly
         "conditionals": collectives(text)["conditional"],
         "collectives": [row._asdict() for row in traffic(text, mesh)],
     }
 
 
-def shapes_of_model(config: ml_collections.ConfigDict, dataset: data.Dataset) -> tuple[Any, PyTree, PyTree]:
-    """graphdef, and the shapes of parameters and model state, without computing any."""
-    graphdefs = []
+def of_workers(tree: PyTree, mesh: Mesh, specs: PyTree) -> PyTree:
+    """Shapes of one worker's values as those of all workers in their places; `specs` may be a prefix."""
 
-    def build():
-        graphdef, *rest = models.build(
-            config.model.name,
-            num_classes=dataset.num_classes,
-            image_shape=dataset.image_shape,
-            seed=config.seed,
-            **config.model.options,
+    def placed(spec, below):
+        sharding = NamedSharding(mesh, P("worker", *spec))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((mesh.shape["worker"], *x.shape), x.dtype, sharding=sharding), below
         )
-        graphdefs.append(graphdef)
-        return rest
 
-    params, model_state = jax.eval_shape(build)
-    return graphdefs[0], params, model_state
-
-
-def compile_or_refuse(run: jax.stages.Wrapped, args: tuple[PyTree, ...]) -> jax.stages.Compiled:
-    try:
-        return run.lower(*args).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise DoesNotFit(str(error).splitlines()[0]) from None
+    return jax.tree.map(placed, specs, tree, is_leaf=lambda x: isinstance(x, P))
 
 
 def num_bytes(tree: PyTree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def bytes_per_chip(tree: PyTree) -> int:
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def available_memory(device: jax.Device) -> int | None:
+    """What the compiler may use of a TPU's memory, from what it says of a program that needs more; else unknown."""
+    if device.platform != "tpu":
+        return None
+    huge = jax.ShapeDtypeStruct((2**40,), jnp.float32, sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x + 1).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if found := re.search(r"available HBM \(([\d.]+)G\)", str(error)):
+            return int(float(found[1]) * 2**30)
+    return None
+
+
 def as_table(found: dict[str, Any]) -> str:
     """The findings for a person."""
-    flops = found["floating_point_operations_per_chip"]
+    each = " x ".join(f"{size} {name}" for name, size in found["inside"].items()) or "1"
+    part = found["parameter_bytes_per_chip"]
     rows = {
-        "devices": f"{found['devices']}: {found['workers']} workers of {found['devices_per_worker']}",
-        "compiled in": f"{found['compile_seconds']:.1f} s",
-        "one model": _mebibytes(found["parameter_bytes"]),
-        "arguments per chip": f"{_mebibytes(found['argument_bytes_per_chip'])}, of which state "
-        f"{_mebibytes(found['state_bytes_per_chip'])}",
-        "temporaries per chip": _mebibytes(found["temporary_bytes_per_chip"]),
-        "peak per chip": _mebibytes(found["peak_bytes_per_chip"]),
-        "operations per chip": "unknown" if flops is None else f"{flops:.3g}",
+        "devices": f"{found['devices']}: {found['workers']} workers of {each}",
+        "memory per chip": _mebibytes(found["memory_bytes_per_chip"]),
+        "one model": _mebibytes(found["model_bytes"]),
+        "per chip": f"parameters {_mebibytes(part)}, optimizer {_mebibytes(found['optimizer_bytes_per_chip'])}, "
+        f"batch {_mebibytes(found['batch_bytes_per_chip'])}",
+    }
+    for name in ("exchange", "step"):
+        if name in found:
+            rows |= {f"{name}: {key}": value for key, value in _rows(found[name], part).items()}
+    return report.table(rows)
+
+
+def _rows(found: dict[str, Any], part: int) -> dict[str, str]:
+    temporary = found["temporary_bytes_per_chip"]
+    rows = {
+        "compiled in": f"{found['compile_seconds']:.1f} s, after {found['trace_seconds']:.1f} s of tracing",
+        "temporaries": f"{_mebibytes(temporary)} per chip, {temporary / part:.2f} of its parameters",
+        "peak": f"{_mebibytes(found['peak_bytes_per_chip'])} per chip",
+        "matrix operations": f"{found['operations_per_chip']:.4g} per chip",
         "conditionals": str(found["conditionals"]),
     }
     for row in found["collectives"]:
-        over = ", ".join(row["axes"])
-        rows[f"{row['operation']} over {over}, {row['link']}"] = (
-            f"{row['count']} per step; per chip {_mebibytes(row['bytes_per_chip'])}, leaving a worker "
-            f"{_mebibytes(row['bytes_per_worker'])}"
+        name = f"{row['operation']} over {', '.join(row['axes'])}, {row['link']}"
+        rows[name] = (
+            f"{row['count']}: {_mebibytes(row['bytes_per_chip'])} per chip, "
+            f"{_mebibytes(row['bytes_per_worker'])} leave a worker"
         )
-    return report.table(rows)
+    return rows
 
 
 def _mebibytes(size: float | None) -> str:
     return "unknown" if size is None else f"{size / 2**20:.4g} MiB"
 
 
+def devices_of_flags() -> list[jax.Device]:
+    """The devices that the flags describe. Raises `ValueError` for more than there are."""
+    if PLATFORM.value == "tpu":
+        jax.config.update("jax_platforms", "cpu")
+        slices = {"num_slices": NUM_SLICES.value} if NUM_SLICES.value > 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value, **slices).devices)
+    if PLATFORM.value == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        with contextlib.suppress(RuntimeError):  # where JAX is in use already, what there is must do
+            jax.config.update("jax_num_cpu_devices", NUM_DEVICES.value or 1)
+    devices = jax.devices(PLATFORM.value)
+    if len(devices) < (NUM_DEVICES.value or 1):
+        raise ValueError(f"--num_devices must be at most {len(devices)} on this machine, got {NUM_DEVICES.value}.")
+    return devices[: NUM_DEVICES.value]
+
+
 def main(argv: list[str]) -> None:
     del argv
-    slices = {"num_slices": NUM_SLICES.value} if NUM_SLICES.value > 1 else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value, **slices).devices
-        found = preflight(train.CONFIG.value, list(devices), exchange_only=EXCHANGE_ONLY.value)
+        found = preflight(train.CONFIG.value, devices_of_flags(), exchange_only=EXCHANGE_ONLY.value)
     except DoesNotFit as error:
         print(f"does not fit: {error}", file=sys.stderr)
         sys.exit(2)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+    memory, step = found["memory_bytes_per_chip"], found.get("step", found["exchange"])
     print(json.dumps(found) if JSON.value else as_table(found))
+    if memory is not None and step["peak_bytes_per_chip"] is not None and step["peak_bytes_per_chip"] > memory:
+        print("does not fit: the peak is above the chip's memory", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def new_workdir(path: str | pathlib.Path) -> pathlib.Path:
 
 
 class Log:
-    """The progress bar, and a row of metrics each `every` steps and at evaluations, written as soon as it is known.
+    """The progress bar, and rows of metrics, written as soon as they are known; without a `workdir` only collected.
 
     `train/loss` and `train/accuracy` are means over the steps and workers since the row before, and
     `examples_per_second` is measured from row to row, without the evaluations between them.
@@ -36,40 +36,37 @@ class Log:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: pathlib.Path | None,
         *,
         title: str,
         num_steps: int,
-        every: int,
         batch_size: int,
         steps_per_epoch: float,
         wire_bytes_per_step: float,
     ):
         self.rows: list[Row] = []
         self.seconds = {"training": 0.0, "evaluation": 0.0}
-        self._path, self._title = workdir / "curves.png", title
-        self._every, self._batch_size, self._steps_per_epoch = every, batch_size, steps_per_epoch
+        self._workdir, self._title = workdir, title
+        self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
         self._wire_bytes = wire_bytes_per_step
-        self._file = open(workdir / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115 (closed by close)
-        self._events = SummaryWriter(str(workdir))
-        self._bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, mininterval=1.0)
-        self._since: list[tuple[float, float]] = []  # loss and accuracy of the steps since the last row
-        self._last, self._last_step = time.perf_counter(), 0
+        if workdir is not None:
+            self._file = open(workdir / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115 (closed by close)
+            self._events = SummaryWriter(str(workdir))
+        self._bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, mininterval=1.0, disable=workdir is None)
+        self._last = time.perf_counter()
 
-    def step(self, step: int, metrics: dict[str, np.ndarray], evaluate: Callable[[], Row] | None = None) -> None:
-        """Count a step with its metrics, `[workers]`; write a row if one is due or there is something to evaluate."""
+    def tick(self) -> None:
+        """Count a step."""
         self._bar.update()
-        self._since.append((metrics["loss"].mean(), metrics["accuracy"].mean()))
-        if evaluate is None and step % self._every:
-            return
-        loss, accuracy = np.mean(self._since, axis=0).tolist()
-        self._since.clear()
+
+    def row(self, step: int, metrics: dict[str, np.ndarray], evaluate: Callable[[], Row] | None = None) -> None:
+        """Write a row after `step` from the metrics of the steps since the row before, `[steps, workers]`."""
         row = {
             "step": step,
             "epoch": step / self._steps_per_epoch,
-            "train/loss": loss,
-            "train/accuracy": accuracy,
-            "examples_per_second": (step - self._last_step) * self._batch_size / self._lap("training"),
+            "train/loss": metrics["loss"].mean(dtype=np.float64).item(),
+            "train/accuracy": metrics["accuracy"].mean(dtype=np.float64).item(),
+            "examples_per_second": len(metrics["loss"]) * self._batch_size / self._lap("training"),
             "wire_bytes_per_step": self._wire_bytes,
         }
         self._bar.set_postfix(
@@ -77,20 +74,22 @@ class Log:
             accuracy=f"{row['train/accuracy']:.3f}",
             images_s=f"{row['examples_per_second']:.0f}",
         )
-        self._last_step = step
         if evaluate is not None:
             row |= evaluate()
             self._lap("evaluation")
-            self._bar.write(_summary(row))
-        self._write(row)
+        self.rows.append(row)
+        if self._workdir is not None:
+            self._write(row)
 
     def close(self) -> None:
         """End the files and draw the curves of what there is; also for a run that was stopped."""
         self._bar.close()
+        if self._workdir is None:
+            return
         self._file.close()
         self._events.close()
         if self.rows:
-            draw_curves(self.rows, self._path, self._title)
+            draw_curves(self.rows, self._workdir / "curves.png", self._title)
 
     def _lap(self, what: str) -> float:
         now = time.perf_counter()
@@ -99,7 +98,8 @@ class Log:
         return lap
 
     def _write(self, row: Row) -> None:
-        self.rows.append(row)
+        if "consensus_distance" in row:
+            self._bar.write(_summary(row))
         self._file.write(json.dumps(row) + "\n")
         for name in row.keys() - {"step"}:
             self._events.add_scalar(name, row[name], row["step"])

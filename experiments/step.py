@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from crossover_jax import Algorithm, per_worker
+from experiments import processes
 
 PyTree = Any
 # (params, model_state, batch, key) -> (loss, (model_state, metrics))
@@ -38,12 +39,14 @@ def train_step(
     algorithm: Algorithm,
     seed: int,
     micro_batches: int = 1,
+    specs: TrainState | None = None,
 ) -> tuple[TrainState, PyTree]:
     """One worker's step: gradients without communication, then the algorithm's update; metrics are this worker's.
 
     `micro_batches` is the paper's communication interval: so many equal parts of the batch, one after the other, whose
     gradients are averaged before the one optimizer step and the one round. Dropout keys differ between workers, steps
-    and micro-batches. Raises `ValueError` if the batch cannot be divided.
+    and micro-batches. Gradients lie inside the worker as `specs.params` say. Raises `ValueError` if the batch cannot be
+    divided.
     """
     params = algorithm.model(state.params, state.algorithm)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), lax.axis_index("worker"))
@@ -51,6 +54,8 @@ def train_step(
 
     def one(model_state, micro_batch, i):
         (_, (model_state, metrics)), grads = gradients(params, model_state, micro_batch, jax.random.fold_in(key, i))
+        if specs is not None:  # each device then reduces its own part, not all of them everything
+            grads = jax.tree.map(lax.with_sharding_constraint, grads, specs.params)
         return model_state, (grads, metrics)
 
     if micro_batches == 1:
@@ -80,29 +85,42 @@ def _accumulate(one: Callable, model_state: PyTree, batch: PyTree, micro_batches
 
 
 def make_train_step(
-    loss_fn: LossFn, algorithm: Algorithm, where: Mesh | int, *, seed: int = 0, micro_batches: int = 1
+    loss_fn: LossFn,
+    algorithm: Algorithm,
+    where: Mesh | int,
+    *,
+    seed: int = 0,
+    micro_batches: int = 1,
+    specs: TrainState | None = None,
 ) -> jax.stages.Wrapped:
     """All workers' `(state, batch, step) -> (state, metrics)`, jitted; metrics stay per worker, `[workers]`.
 
     `state` and `batch` have a leading axis of workers, `step` is one replicated integer; `state` is donated. `where` is
-    a mesh or the number of workers to simulate on one device.
+    a mesh or the number of workers to simulate on one device; `specs` is how the state lies inside a worker.
     """
-    step = partial(train_step, loss_fn=loss_fn, algorithm=algorithm, seed=seed, micro_batches=micro_batches)
-    return per_worker(step, where, replicated=(2,))
+    step = partial(
+        train_step, loss_fn=loss_fn, algorithm=algorithm, seed=seed, micro_batches=micro_batches, specs=specs
+    )
+    return per_worker(step, where, replicated=(2,), out_specs=(specs, None))
 
 
 class Diverged(Exception):
     """A metric of some worker is no longer finite."""
 
 
-def fetch(step: int, metrics: PyTree) -> dict[str, np.ndarray]:
-    """Metrics of a step as numpy arrays `[workers]`, once it is done. Raises `Diverged`, naming step and worker."""
-    fetched = jax.device_get(metrics)
-    for name, values in fetched.items():
-        wrong = np.flatnonzero(~np.isfinite(values))
-        if wrong.size:
-            raise Diverged(
-                f"{name} of worker {wrong[0]} is {values[wrong[0]]} at step {step} ({wrong.size} of {len(values)} "
-                "workers): lower `config.optimizer.learning_rate`, or look at the data."
-            )
-    return fetched
+def fetch(first_step: int, metrics: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
+    """Metrics of consecutive steps as numpy arrays `[steps, workers]`, on every process.
+
+    Raises `Diverged`, naming the first step and worker of which one is not finite.
+    """
+    fetched = processes.fetch(metrics)
+    stacked = {name: np.stack([row[name] for row in fetched]) for name in fetched[0]}
+    for i in range(len(fetched)):
+        for name, values in stacked.items():
+            wrong = np.flatnonzero(~np.isfinite(values[i]))
+            if wrong.size:
+                raise Diverged(
+                    f"{name} of worker {wrong[0]} is {values[i, wrong[0]]} at step {first_step + i} ({wrong.size} of "
+                    f"{values.shape[1]} workers): lower `config.optimizer.learning_rate`, or look at the data."
+                )
+    return stacked

@@ -4,15 +4,18 @@ python experiments/train.py --config=experiments/configs/fashion_mnist.py --work
 """
 
 import contextlib
+import importlib.metadata
 import inspect
 import itertools
 import operator
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +31,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a scr
 
 import crossover_jax as cj
 from crossover_jax.compiled import wire_bytes
-from experiments import data, models, report
+from experiments import data, models, processes, report
 from experiments.algorithms import ALGORITHMS, make_algorithm, make_optimizer, require_known
-from experiments.evaluate import make_evaluate
+from experiments.evaluate import batch_axes, make_evaluate
 from experiments.step import Diverged, TrainState, fetch, init_state, make_train_step
 
 PyTree = Any
@@ -38,7 +41,21 @@ DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs/fashion_mnist.py"
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, f"The experiment, a Python file; default {DEFAULT_CONFIG.name}."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Where metrics, events and curves go.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where metrics, events, curves and logs go.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for many processes started by hand.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
+DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "yes", "no"],
+    "Join other processes: yes lets JAX find the cluster (TPU pods, Slurm, Open MPI, Kubernetes), auto does so where "
+    "Slurm or Open MPI started several tasks.",
+)
+INITIALIZATION_TIMEOUT = flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for all processes.")
+HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, "Seconds without a sign of life after which a process is dead, and all others end."
+)
 
 
 def train(
@@ -49,77 +66,176 @@ def train(
     Raises `ValueError` for settings that do not fit together, `data.DataMissing` and `Diverged`.
     """
     began = time.perf_counter()
-    check_settings(config)
-    workdir = report.new_workdir(workdir)
-    where = place_workers(config, jax.devices() if devices is None else devices)
-    place_batch, place_step = placements(where)
+    with processes.agreement() as fields:  # at once, not after minutes of reading data
+        workdir = report.new_workdir(workdir)
+        processes.log_to(workdir)
+        fields |= settings(config)
+    with processes.agreement() as fields:
+        check_settings(config)
+        where = place_workers(config, jax.devices() if devices is None else devices)
+        sequence = config.dataset.sequence
+        load = partial(data.load, config.dataset.name, data_dir=config.dataset.data_dir, sequence=sequence)
+        train_set, eval_set = load(config.dataset.train_split), load(config.dataset.eval_split)
+        steps_per_epoch = len(train_set) / config.batch_size
+        num_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+        program = make_program(config, train_set, where, num_steps)
+        fields |= fingerprint(config, program, train_set, eval_set)
 
-    # Data
-    load = partial(data.load, config.dataset.name, data_dir=config.dataset.data_dir)
-    train_set, eval_set = load(config.dataset.train_split), load(config.dataset.eval_split)
+    # Data, state and step
+    batches = map(program.place_batch, train_batches(config, train_set, program.batch_part))
     eval_batches = partial(data.eval_batches, eval_set, batch_size=config.eval_batch_size)
-    numpy_batches = data.train_batches(
-        train_set,
+    state = cj.copies(program.init, where, specs=program.specs)
+    cj.check_copies(state)
+    evaluate = make_evaluate(
+        lambda *args: program.apply(*args, train=False)[0], program.algorithm, where, program.specs
+    )
+    first = next(batches)
+    compiled_step = program.step.lower(state, first, program.place_step(0)).compile()
+    setup = time.perf_counter() - began
+    many = f"{jax.process_count()} processes, {jax.device_count()} devices, " if jax.process_count() > 1 else ""
+    processes.say(f"{many}set up in {setup:.0f} s; training {num_steps} steps")
+
+    # Train
+    log = report.Log(
+        workdir if processes.is_first() else None,
+        title=f"{config.algorithm.name}, {config.num_workers} workers, {config.model.name} on {config.dataset.name}",
+        num_steps=num_steps,
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        wire_bytes_per_step=wire_bytes_per_step(program.algorithm, program.shapes.params, config),
+    )
+    with contextlib.closing(log), jax.transfer_guard("disallow"):
+        unread: list[PyTree] = []
+        for step, batch in enumerate(itertools.islice(itertools.chain([first], batches), num_steps), start=1):
+            state, metrics = compiled_step(state, batch, program.place_step(step - 1))
+            # One step late: the device has the next to work on, and no more than two batches wait on it.
+            jax.block_until_ready(unread[-1:])
+            unread.append(metrics)
+            log.tick()
+            evaluates = step == num_steps or is_due(step, config.eval_every * steps_per_epoch)
+            if evaluates or step % config.log_every == 0:
+                values, unread = fetch(step - len(unread) + 1, unread), []
+                log.row(step, values, partial(evaluate, step, state, eval_batches()) if evaluates else None)
+
+    processes.say(report.table(results(config, log, setup)))
+    return state, log.rows
+
+
+class Program(NamedTuple):
+    """What a config, a data set's shapes and a mesh make: shared by training and by the preflight."""
+
+    algorithm: cj.Algorithm
+    apply: Callable
+    init: Callable[[], TrainState]  # one worker's first state
+    shapes: TrainState  # of one worker's state
+    specs: TrainState | None  # how it lies inside a worker; None where workers are simulated
+    step: jax.stages.Wrapped  # all workers' (state, batch, step) -> (state, metrics)
+    batch_part: Callable[[tuple[int, int]], tuple[slice, slice]]  # of [workers, per worker], this process's
+    place_batch: Callable[[PyTree], PyTree]
+    place_step: Callable[[int], jax.Array]
+
+
+def make_program(
+    config: ml_collections.ConfigDict, dataset: data.Dataset, where: Mesh | int, num_steps: int
+) -> Program:
+    """Nothing is computed yet. Raises `ValueError` for settings that do not fit together."""
+    graphdefs = []
+
+    def build() -> tuple[PyTree, PyTree]:
+        graphdef, params, model_state = models.build(
+            config.model.name,
+            num_classes=dataset.num_classes,
+            image_shape=dataset.image_shape,
+            seed=config.seed,
+            **config.model.options,
+        )
+        graphdefs.append(graphdef)
+        return params, model_state
+
+    params, model_state = jax.eval_shape(build)
+    graphdef = graphdefs[0]
+    of_params = None if isinstance(where, int) else param_specs(config, where, graphdef, params, model_state)
+    optimizer = make_optimizer(config.optimizer, num_steps)
+    algorithm = make_algorithm(config.algorithm, optimizer, config.num_workers, params, of_params)
+    shapes = jax.eval_shape(partial(init_state, algorithm=algorithm), params, model_state)
+    specs = None
+    if of_params is not None:
+        specs = TrainState(of_params, P(), cj.state_specs(shapes.algorithm, params, of_params))
+    apply = make_apply(graphdef, dataset)
+    step = make_train_step(
+        partial(loss_fn, apply), algorithm, where, seed=config.seed, micro_batches=config.micro_batches, specs=specs
+    )
+    return Program(algorithm, apply, lambda: init_state(*build(), algorithm), shapes, specs, step, *placements(where))
+
+
+def param_specs(
+    config: ml_collections.ConfigDict, mesh: Mesh, graphdef: Any, params: PyTree, model_state: PyTree
+) -> PyTree:
+    """How parameters lie inside a worker: as the model's annotations say, or big leaves over the axis "fsdp"."""
+    annotated = models.annotations(graphdef, params, model_state)
+    if annotated is not None:
+        return cj.on_mesh(annotated, mesh)
+    if config.inner.tensor > 1:
+        raise ValueError(
+            f"`config.inner.tensor` must be 1 for {config.model.name}, which does not say how to split its layers, "
+            f"got {config.inner.tensor}."
+        )
+    return cj.fsdp_specs(params, mesh)
+
+
+def train_batches(
+    config: ml_collections.ConfigDict, dataset: data.Dataset, part: Callable[[tuple[int, int]], tuple[slice, slice]]
+) -> Iterator[PyTree]:
+    """This process's part of each batch, as numpy arrays `[local workers, local examples of each, ...]`."""
+    return data.train_batches(
+        dataset,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         seed=config.seed,
         augment=config.dataset.augment,
-    )
-    batches = map(place_batch, numpy_batches)
-    steps_per_epoch = len(train_set) / config.batch_size
-    num_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
-
-    # Model and algorithm
-    graphdef, params, model_state = models.build(
-        config.model.name,
-        num_classes=train_set.num_classes,
-        image_shape=train_set.image_shape,
-        seed=config.seed,
-        **config.model.options,
+        part=part((config.num_workers, config.batch_size // config.num_workers)),
     )
 
-    apply = make_apply(graphdef, train_set)
-    optimizer = make_optimizer(config.optimizer, num_steps)
-    algorithm = make_algorithm(config.algorithm, optimizer, config.num_workers, params)
-    bytes_per_step = wire_bytes_per_step(algorithm, params, config)
 
-    # State and step
-    state = cj.copies(init_state(params, model_state, algorithm), where)
-    cj.check_copies(state)
-    del params, model_state
-    evaluate = make_evaluate(lambda *args: apply(*args, train=False)[0], algorithm, where)
-    train_step = make_train_step(
-        partial(loss_fn, apply), algorithm, where, seed=config.seed, micro_batches=config.micro_batches
-    )
-    first = next(batches)
-    compiled_step = train_step.lower(state, first, place_step(np.int32(0))).compile()
-    setup = time.perf_counter() - began
-    print(f"set up in {setup:.0f} s; training {num_steps} steps", flush=True)
+def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Config, code and versions, by the names a person would look for; data may lie elsewhere on every host."""
+    own = {f"config.{key}": value for key, value in flat_settings(config).items() if key != "dataset.data_dir"}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return {**own, "code": processes.code_version(), **versions}
 
-    # Train
-    log = report.Log(
-        workdir,
-        title=f"{config.algorithm.name}, {config.num_workers} workers, {config.model.name} on {config.dataset.name}",
-        num_steps=num_steps,
-        every=config.log_every,
-        batch_size=config.batch_size,
-        steps_per_epoch=steps_per_epoch,
-        wire_bytes_per_step=bytes_per_step,
-    )
-    with contextlib.closing(log), jax.transfer_guard("disallow"):
-        unread = None
-        for step, batch in enumerate(itertools.islice(itertools.chain([first], batches), num_steps), start=1):
-            state, metrics = compiled_step(state, batch, place_step(np.int32(step - 1)))
-            # Reading metrics waits for their step; one step late, the device has the next to work on.
-            if unread is not None:
-                log.step(unread[0], fetch(*unread))
-            unread = step, metrics
-            if step == num_steps or is_due(step, config.eval_every * steps_per_epoch):
-                log.step(step, fetch(*unread), partial(evaluate, step, state, eval_batches()))
-                unread = None
 
-    print(report.table(results(config, log, setup)), flush=True)
-    return state, log.rows
+def fingerprint(config: ml_collections.ConfigDict, program: Program, *datasets: data.Dataset) -> dict[str, Any]:
+    """What the settings made: a numpy of another version may draw other permutations from the same seed."""
+    exchange, table = exchange_digests(program, config.num_workers)
+    return {
+        "pool and cut": exchange,
+        "table": table,
+        "data": ", ".join(dataset.digest for dataset in datasets),
+    }
+
+
+def flat_settings(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """A config's values by their dotted names.
+
+    >>> flat_settings({"seed": 0, "model": {"name": "mlp"}})
+    {'seed': 0, 'model.name': 'mlp'}
+    """
+    found = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        nested = isinstance(value, ml_collections.ConfigDict | dict)
+        found |= flat_settings(value, f"{name}.") if nested else {name: value}
+    return found
+
+
+def exchange_digests(program: Program, num_workers: int) -> tuple[str, str]:
+    """Digests of the traced exchange (permutations, shares, segments) and of the arrays it reads (the table)."""
+    state, step = program.shapes, jax.ShapeDtypeStruct((), jnp.int32)
+    traced = jax.make_jaxpr(
+        lambda s, t: program.algorithm.update(s.params, s.algorithm, s.params, t), axis_env=[("worker", num_workers)]
+    )(state, step)
+    text = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))  # addresses of functions
+    return processes.digest(text.encode()), processes.digest(*(np.asarray(x) for x in traced.consts))
 
 
 def check_settings(config: ml_collections.ConfigDict) -> None:
@@ -136,6 +252,8 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         "eval_batch_size": (config.eval_batch_size >= 1, "at least 1"),
         "algorithm.local_steps": (config.algorithm.local_steps >= 1, "at least 1"),
         "optimizer.warmup": (0 <= config.optimizer.warmup <= 1, "from 0 to 1"),
+        "inner.fsdp": (config.inner.fsdp >= 1, "at least 1"),
+        "inner.tensor": (config.inner.tensor >= 1, "at least 1"),
     }
     for key, (holds, requirement) in must.items():
         if not holds:
@@ -155,35 +273,66 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
 def place_workers(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> Mesh | int:
     """A mesh of workers, or their number where one device simulates them all.
 
-    Raises `ValueError` if the workers do not divide the devices, or the devices of a mesh a batch.
+    The devices of a worker are `config.inner.fsdp` × `config.inner.tensor` × what is left, which is data parallel; axes
+    of one device are left out. Raises `ValueError` if the workers do not divide the devices, the inner axes a worker's
+    devices, or what shares the examples a batch.
     """
+    fsdp, tensor = config.inner.fsdp, config.inner.tensor
     if config.simulate == "yes" or (config.simulate == "auto" and len(devices) == 1):
+        if jax.process_count() > 1:
+            raise ValueError(f"`config.simulate` must be 'auto' or 'no' for many processes, got {config.simulate!r}.")
+        if fsdp * tensor > 1:
+            raise ValueError(
+                f"`config.inner.fsdp` and `config.inner.tensor` must be 1 where workers are simulated, got {fsdp} and "
+                f"{tensor}."
+            )
         return config.num_workers
-    inner, left = divmod(len(devices), config.num_workers)
+    each, left = divmod(len(devices), config.num_workers)
     if left:
         raise ValueError(
             f"`config.num_workers` must divide the number of devices, {len(devices)}, got {config.num_workers}: pass "
             "--config.simulate=yes, or on CPU set JAX_NUM_CPU_DEVICES to the number of workers."
         )
+    shared, left = divmod(each, fsdp * tensor)
+    if left:
+        raise ValueError(
+            f"`config.inner.fsdp` times `config.inner.tensor` must divide the {each} devices of a worker, got {fsdp} "
+            f"and {tensor}."
+        )
+    sharing = len(devices) // tensor
     for key in ("batch_size", "eval_batch_size"):
-        if config[key] % len(devices):
-            raise ValueError(f"`config.{key}` must be a multiple of the {len(devices)} devices, got {config[key]}.")
-    return cj.make_mesh(config.num_workers, {"device": inner} if inner > 1 else None, devices=devices)
+        if config[key] % sharing:
+            raise ValueError(
+                f"`config.{key}` must be a multiple of the {sharing} devices that share it, got {config[key]}."
+            )
+    inner = {"data": shared, "fsdp": fsdp, "tensor": tensor}
+    return cj.make_mesh(config.num_workers, {k: v for k, v in inner.items() if v > 1}, devices=devices)
 
 
-def placements(where: Mesh | int) -> tuple[Callable[[PyTree], PyTree], Callable[[np.int32], jax.Array]]:
-    """Functions that put a batch `[workers, per worker, ...]` and the step where the training step wants them."""
+def placements(where: Mesh | int) -> tuple[Callable, Callable, Callable]:
+    """Which part of `[workers, per worker]` this process reads, and what puts a batch and the step in place."""
     if isinstance(where, int):
-        return jax.device_put, jax.device_put
-    batch, everywhere = NamedSharding(where, P(*where.axis_names)), NamedSharding(where, P())
-    return partial(jax.device_put, device=batch), partial(jax.device_put, device=everywhere)
+        return (
+            lambda shape: (slice(0, shape[0]), slice(0, shape[1])),
+            jax.device_put,
+            lambda t: jax.device_put(np.int32(t)),
+        )
+    spec, everywhere = P(batch_axes(where)), NamedSharding(where, P())
+    return (
+        partial(cj.local_part, where=where, spec=spec),
+        partial(cj.from_local, where=where, spec=spec),
+        lambda t: processes.place(np.int32(t), everywhere),
+    )
 
 
 def make_apply(graphdef: Any, dataset: data.Dataset) -> Callable:
-    """`(params, model_state, image, *, train, key=None) -> (logits, model_state)` on the data set's uint8 images."""
+    """`(params, model_state, image, *, train, key=None) -> (logits, model_state)` on the data set's uint8 `image`.
+
+    Text is not normalised: its bytes are the model's tokens.
+    """
 
     def apply(params, model_state, image, *, train, key=None):
-        image = normalised(image, dataset.mean, dataset.std)
+        image = normalised(image, dataset.mean, dataset.std) if dataset.mean else image
         return models.apply(graphdef, params, model_state, image, train=train, key=key)
 
     return apply
@@ -196,7 +345,7 @@ def normalised(image: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def loss_fn(apply: Callable, params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array):
-    """Cross-entropy of one worker's batch, its new model state and metrics."""
+    """Cross-entropy of one worker's batch, averaged over all labels, its new model state and metrics."""
     logits, model_state = apply(params, model_state, batch["image"], train=True, key=key)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
     accuracy = (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)
@@ -248,12 +397,27 @@ def main(argv: list[str]) -> None:
     if WORKDIR.value is None:
         sys.exit("error: --workdir must name the folder for metrics, events and curves.")
     try:
-        train(CONFIG.value, WORKDIR.value)
-    except (ValueError, data.DataMissing, Diverged) as error:
-        logging.debug("", exc_info=True)
+        processes.join(
+            COORDINATOR.value,
+            NUM_PROCESSES.value,
+            PROCESS_ID.value,
+            distributed=DISTRIBUTED.value,
+            initialization_timeout=INITIALIZATION_TIMEOUT.value,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT.value,
+        )
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    try:
+        train(CONFIG.value, WORKDIR.value)
+    except (ValueError, data.DataMissing, Diverged, processes.Disagreement) as error:
+        logging.debug("", exc_info=True)
+        processes.leave(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        processes.leave(130)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        processes.leave(traceback.format_exc())
 
 
 def parse_flags(argv: list[str]) -> list[str]:

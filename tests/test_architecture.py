@@ -14,6 +14,7 @@ ALLOWED = {  # what of ours each part of the library may import
     "algorithms": {"topology", "cuts", "mixing"},
     "presets": {"topology", "cuts", "mixing", "algorithms"},
     "workers": {"cuts"},
+    "specs": set(),
     "consensus": {"cuts"},
     "mesh": set(),
     "compiled": set(),

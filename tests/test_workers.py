@@ -120,7 +120,7 @@ def test_mistakes_are_one_sentence():
         cj.per_worker(lambda x, t: x, MESH)(jnp.zeros((8, 2)), jnp.int32(0))
     with pytest.raises(ValueError, match=r"must have an axis 'replica', got a mesh with axes \('worker',\)"):
         cj.per_worker(step, MESH, axis="replica")
-    with pytest.raises(ValueError, match="number of workers of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"number of workers of at least 1 for each axis of .*, got 0"):
         cj.copies({}, 0)
     with pytest.raises(ValueError, match="needs 65 devices, got 64"):
         cj.make_mesh(65)
@@ -128,3 +128,32 @@ def test_mistakes_are_one_sentence():
         cj.make_mesh(0)
     with pytest.raises(ValueError, match="leaves 56 of 64 devices idle"):
         cj.make_mesh(8)
+
+
+@pytest.mark.parametrize("where", [(3, 4), "3x4", "3x4x2"], ids=str)
+def test_two_axes_of_workers_keep_one_leading_axis(where):
+    """Gossip on two levels through `per_worker`, state and metrics `[workers, ...]`, against numpy."""
+    axes = ("worker", "fast")
+    if isinstance(where, str):
+        sizes = tuple(map(int, where.split("x")))
+        devices = np.asarray(jax.devices()[: np.prod(sizes)]).reshape(sizes)
+        where = jax.sharding.Mesh(devices, (*axes, "data")[: len(sizes)])
+    fast, slow, table, cut = cj.latin(4, 2), cj.latin(3, 2), cj.cycle(1, 2), cj.whole()
+    mix = cj.chain(cj.gossip(fast, table, cut, "fast"), cj.every(2, cj.gossip(slow, table, cut), "worker"))
+
+    def step(x, t):
+        return mix(x, t), {"sum": x.sum(), "index": jax.lax.axis_index(axes)}
+
+    run = cj.per_worker(step, where, replicated=(1,), axis=axes)
+    x = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
+    state = jnp.asarray(x) if isinstance(where, tuple) else cj.from_local(x, where, axis=axes)
+    for t in range(4):
+        state, metrics = run(state, jnp.int32(t))
+        np.testing.assert_allclose(metrics["sum"], x.sum(1), rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(metrics["index"], np.arange(12))
+        x = np.kron(np.eye(3), fast.matrix(t % 2)) @ x
+        x = np.kron(slow.matrix(t // 2 % 2), np.eye(4)) @ x if t % 2 else x
+        np.testing.assert_allclose(state, x, rtol=1e-4, atol=1e-6)
+    assert cj.copies(np.zeros(3), where, axis=axes).shape == (12, 3)
+    with pytest.raises(ValueError, match=r"for each axis of \('worker', 'fast'\), got 12"):
+        cj.per_worker(step, 12, axis=axes)

@@ -20,11 +20,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset.train_split = "train"
     config.dataset.eval_split = "test"
     config.dataset.augment = False  # random shifts and flips: worth it in longer runs
+    config.dataset.sequence = 256  # bytes of an example (text)
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "resnet8"
     # The model's own options; another model takes others, --config.model.options="{'hidden': (32,)}".
     config.model.options = ml_collections.ConfigDict({"width": 16, "stem_stride": 2, "norm": "batch"})
+
+    # A worker of several devices: over how many its parameters are sharded; the others share its examples.
+    config.inner = ml_collections.ConfigDict()
+    config.inner.fsdp = 1
+    config.inner.tensor = 1  # for models that say how to split their layers (decoder)
 
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "crossover"
@@ -36,8 +42,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.algorithm.seed = 0  # of pool and table
 
     config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "sgd"  # or "adamw"
     config.optimizer.learning_rate = 0.1
-    config.optimizer.momentum = 0.9
+    config.optimizer.momentum = 0.9  # of adamw, beta 1
+    config.optimizer.beta2 = 0.95  # (adamw)
     config.optimizer.nesterov = False
     config.optimizer.weight_decay = 5e-4
     config.optimizer.warmup = 0.1  # part of all steps

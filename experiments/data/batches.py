@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterator
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -18,8 +19,7 @@ def train_batches(
     batch_size: int,
     num_workers: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: tuple[slice, slice] | None = None,
     augment: bool = True,
     start_step: int = 0,
     num_threads: int = 1,
@@ -29,20 +29,23 @@ def train_batches(
     Each is a dict of `image`, uint8 `[local workers, per worker, height, width, channels]`, and `label`, int32
     `[local workers, per worker]`. `batch_size` counts the examples of ALL workers. Epochs are permutations, one after
     the other in a single stream: the batch of step t holds its examples `t * batch_size` to `(t + 1) * batch_size`, so
-    it may straddle two epochs and nothing is dropped. Worker w has the w-th part of the batch, process i the i-th part
-    of the workers. Stacked over workers, a batch is therefore the same array, augmentation included, for every number
-    of workers and processes.
+    it may straddle two epochs and nothing is dropped. Worker w has the w-th part of the batch. A process reads `part`
+    of `[workers, per worker]`, what its devices hold (`crossover_jax.local_part`; None: all). Put together, a batch is
+    therefore the same array, augmentation included, for every number of workers and processes. Text has `image` and
+    `label` `[local workers, per worker, sequence]`.
 
     The iterator is grain's: its state is `{"next_index": step}`, and `set_state` resumes a run at any step, also with
     another number of workers. `num_threads` batches are read at once; more than one pays for sets on disk only.
-    Raises `ValueError` when the workers do not divide `batch_size`, or the processes the workers.
+    Raises `ValueError` when the workers do not divide `batch_size`, and for `augment` of text.
     """
-    _check(batch_size, num_workers, process_index, process_count, seed)
-    local_workers, per_worker = num_workers // process_count, batch_size // num_workers
-    first = process_index * local_workers * per_worker
-    rows = np.arange(first, first + local_workers * per_worker)
+    if augment and dataset.in_memory and dataset.pad is None:
+        raise ValueError(f"`augment` must be False for {dataset.name}, got {augment}.")
+    _require_multiple("batch_size", batch_size, "num_workers", num_workers)
+    if seed < 0:
+        raise ValueError(f"`seed` must not be negative, got {seed}.")
+    rows = np.arange(batch_size).reshape(num_workers, -1)[part or ...]
     batches = grain.MapDataset.range(2**62).map(
-        _TrainBatch(dataset, batch_size, rows, (local_workers, per_worker), seed, augment)
+        _TrainBatch(dataset, batch_size, rows.reshape(-1), rows.shape, seed, augment)
     )
     # One batch ahead per thread: what waits here is memory, up to 77 MB for 512 images of ImageNet.
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads + 1)))
@@ -50,22 +53,24 @@ def train_batches(
     return iterator
 
 
-def eval_batches(
-    dataset: Dataset, *, batch_size: int, process_index: int = 0, process_count: int = 1, num_threads: int = 1
-) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(dataset: Dataset, *, batch_size: int, num_threads: int = 1) -> Iterator[dict[str, np.ndarray]]:
     """All examples of a split, each exactly once, in batches of equal size.
 
     Each is a dict of `image`, uint8 `[rows, height, width, channels]`, `label`, int32 `[rows]`, and `mask`, bool
-    `[rows]`, False where the last batch is filled up with examples that have been counted. Process i has the i-th part
-    of each batch of `batch_size`; leave `process_count` at 1 to show the whole split to every process.
-    Raises `ValueError` when the processes do not divide `batch_size`.
+    `[rows]`, False where the last batch is filled up with examples that have been counted. Every process reads the
+    whole split: each of its workers is evaluated on all of it.
     """
-    _require_multiple("batch_size", batch_size, "process_count", process_count)
-    share = batch_size // process_count
-    rows = np.arange(process_index * share, (process_index + 1) * share)
     num_batches = -(-len(dataset) // batch_size)
-    batches = grain.MapDataset.range(num_batches).map(_EvalBatch(dataset, batch_size, rows))
+    batches = grain.MapDataset.range(num_batches).map(_EvalBatch(dataset, batch_size))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads + 1)))
+
+
+def batch_shapes(dataset: Dataset, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `rows` examples, which is one worker's batch; `dataset` need not hold its examples."""
+    return {
+        "image": jax.ShapeDtypeStruct((rows, *dataset.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((rows, *dataset.label_shape), np.int32),
+    }
 
 
 def eval_arrays(dataset: Dataset) -> Arrays:
@@ -93,14 +98,17 @@ class _TrainBatch:
         step = int(step)
         places = shuffled(step * self.batch_size + self.rows, len(self.dataset), self.seed)
         image, label = self._read(step, places)
-        return {"image": image.reshape(*self.shape, *image.shape[1:]), "label": label.reshape(self.shape)}
+        return {
+            "image": image.reshape(*self.shape, *image.shape[1:]),
+            "label": label.reshape(*self.shape, *label.shape[1:]),
+        }
 
     def _read(self, step: int, places: np.ndarray) -> Arrays:
         if not self.augment:
             return _read(self.dataset, places)
         how = dict(flip=self.dataset.flip, seed=self.seed, step=step)
         if not self.dataset.in_memory:
-            size = self.dataset.image_shape[:2]
+            size = _size(self.dataset)
             crops = [functools.partial(augmentation.random_crop, size=size, row=row, **how) for row in self.rows]
             return _read_encoded(self.dataset, places, crops)
         assert self.dataset.pad is not None  # what is in memory is shifted, not cropped
@@ -115,10 +123,9 @@ class _TrainBatch:
 class _EvalBatch:
     dataset: Dataset
     batch_size: int
-    rows: np.ndarray
 
     def __call__(self, batch: int) -> dict[str, np.ndarray]:
-        places = int(batch) * self.batch_size + self.rows
+        places = int(batch) * self.batch_size + np.arange(self.batch_size)
         mask = places < len(self.dataset)
         return {**_read(self.dataset, np.where(mask, places, 0))._asdict(), "mask": mask}
 
@@ -126,8 +133,13 @@ class _EvalBatch:
 def _read(dataset: Dataset, places: np.ndarray) -> Arrays:
     if dataset.in_memory:
         return Arrays(dataset.source.image[places], dataset.source.label[places])
-    crop = functools.partial(augmentation.central_crop, size=dataset.image_shape[:2])
+    crop = functools.partial(augmentation.central_crop, size=_size(dataset))
     return _read_encoded(dataset, places, [crop] * len(places))
+
+
+def _size(dataset: Dataset) -> tuple[int, int]:
+    height, width, _ = dataset.image_shape
+    return height, width
 
 
 def _read_encoded(dataset: Dataset, places: np.ndarray, crops: list) -> Arrays:
@@ -154,15 +166,6 @@ def shuffled(positions: Int[np.ndarray, "rows"], num_examples: int, seed: int) -
 @functools.lru_cache(maxsize=4)  # two epochs meet in a batch; drawing anew takes 20 ms for 1.28 million
 def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, augmentation.SHUFFLE, epoch)).permutation(num_examples)
-
-
-def _check(batch_size: int, num_workers: int, process_index: int, process_count: int, seed: int) -> None:
-    _require_multiple("batch_size", batch_size, "num_workers", num_workers)
-    _require_multiple("num_workers", num_workers, "process_count", process_count)
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"`process_index` must be in 0..{process_count - 1}, got {process_index}.")
-    if seed < 0:
-        raise ValueError(f"`seed` must not be negative, got {seed}.")
 
 
 def _require_multiple(name: str, value: int, of: str, divisor: int) -> None:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,15 +14,16 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
+from experiments.data import text
 from experiments.data.builders import find, prepare
 from experiments.data.sources import missing
 
 
 class Arrays(NamedTuple):
-    """Decoded examples."""
+    """Decoded examples: images with a class each, or windows of text, under the same name, with every next byte."""
 
-    image: UInt8[np.ndarray, "examples height width channels"]
-    label: Int32[np.ndarray, "examples"]
+    image: UInt8[np.ndarray, "examples ..."]
+    label: Int32[np.ndarray, "examples ..."]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,18 +31,20 @@ class Dataset:
     """One split of a data set: constants of the set, and its examples.
 
     `image_shape` is (height, width, channels) of what the batches hold, for ImageNet after cropping, and may be
-    replaced there. `mean` and `std` are per channel, of pixels scaled to [0, 1]: normalise on the device.
-    Augmentation shifts by up to `pad` pixels and flips if `flip`; `pad` None means crops of random size.
+    replaced there; of text it is (sequence,), and so is `label_shape`, () elsewhere. `mean` and `std` are per channel,
+    of pixels scaled to [0, 1]: normalise on the device; they are empty for text. Augmentation shifts by up to `pad`
+    pixels and flips if `flip`; `pad` None means crops of random size, and for text that there is none.
     `source` is the whole split in memory, or a TFDS source of encoded images for sets that are too large.
     """
 
     name: str
     num_classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     pad: int | None
     flip: bool
+    label_shape: tuple[int, ...] = ()
     split: str = "train"
     source: Any = None
 
@@ -49,6 +54,18 @@ class Dataset:
     @property
     def in_memory(self) -> bool:
         return isinstance(self.source, Arrays)
+
+    @property
+    def digest(self) -> str:
+        """What tells this split from others: its size, and its bytes or, of a set on disk, its recorded shards."""
+        found = hashlib.sha256()
+        if self.in_memory:
+            for array in self.source:
+                found.update(np.ascontiguousarray(array).data)
+        else:
+            info = self.source.dataset_info
+            found.update(str((info.full_name, self.split, info.splits["all"].shard_lengths)).encode())
+        return f"{self.name}[{self.split}]:{len(self)}:{found.hexdigest()[:12]}"
 
 
 # Means and standard deviations of the training images; digits are not flipped, a mirrored 2 is no 2.
@@ -61,31 +78,57 @@ DATASETS = {
     "imagenet2012": Dataset(
         "imagenet2012", 1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), pad=None, flip=True
     ),
+    "text": Dataset("text", 256, (256,), (), (), pad=None, flip=False, label_shape=(256,)),
 }
 
 
-def load(name: str, split: str, *, data_dir: str | pathlib.Path) -> Dataset:
-    """`split` of data set `name`, prepared in `data_dir`; Fashion-MNIST is prepared there if it is not.
+def describe(name: str, *, sequence: int = 256) -> Dataset:
+    """Data set `name` without its examples: shapes and constants. Text comes in windows of `sequence` bytes.
 
-    `split` is in TFDS' language: "train", "test", "validation", "train[:90%]", "train[90%:]". Small sets are decoded
-    into memory once per process, 4 s for Fashion-MNIST, and slices are views. Raises `DataMissing` with the commands
-    to type when the data are not there and `ValueError` for an unknown name or split.
+    Raises `ValueError` for an unknown name and for windows of no bytes.
     """
     if name not in DATASETS:
         raise ValueError(f"`name` must be one of {', '.join(DATASETS)}, got {name!r}.")
+    if name != "text":
+        return DATASETS[name]
+    if sequence < 1:
+        raise ValueError(f"`sequence` must be at least 1, got {sequence}.")
+    return dataclasses.replace(DATASETS[name], image_shape=(sequence,), label_shape=(sequence,))
+
+
+def load(name: str, split: str, *, data_dir: str | pathlib.Path, sequence: int = 256) -> Dataset:
+    """`split` of data set `name`, prepared in `data_dir`; Fashion-MNIST is prepared there if it is not.
+
+    `split` is in TFDS' language: "train", "test", "validation", "train[:90%]", "train[90%:]". Small sets are decoded
+    into memory once per process, 4 s for Fashion-MNIST, and slices are views. For "text", `data_dir` is a file, a
+    folder or a pattern of files, the same on all hosts, in windows of `sequence` bytes. Raises `DataMissing` with what
+    to do when the data are not there and `ValueError` for an unknown name or split.
+    """
+    dataset = describe(name, sequence=sequence)
+    source = _windows(data_dir, sequence, split) if name == "text" else _prepared(name, split, data_dir)
+    dataset = dataclasses.replace(dataset, split=split, source=source)
+    if len(dataset) == 0:
+        raise ValueError(f"`split` must hold at least one example, got {split!r}.")
+    return dataset
+
+
+def _windows(data_dir: str | pathlib.Path, sequence: int, split: str) -> Arrays:
+    arrays = {name: Arrays(*windows) for name, windows in text.splits(data_dir, sequence).items()}
+    infos = {name: tfds.core.SplitInfo(name, [len(a.label)], num_bytes=0) for name, a in arrays.items()}
+    return _sliced(split, infos, arrays.__getitem__)
+
+
+def _prepared(name: str, split: str, data_dir: str | pathlib.Path) -> Any:
     builder = find(name, data_dir)
     if builder is None and name == "fashion_mnist":
         builder = prepare(name, data_dir=data_dir)
     if builder is None:
         raise missing(name, data_dir, [])
     if DATASETS[name].pad is None:
-        source = _encoded(builder, split)
-    else:
-        source = _decoded(name, os.fspath(builder.data_dir), split)
-    dataset = dataclasses.replace(DATASETS[name], split=split, source=source)
-    if len(dataset) == 0:
-        raise ValueError(f"`split` must hold at least one example, got {split!r}.")
-    return dataset
+        return _encoded(builder, split)
+    version_dir = os.fspath(builder.data_dir)
+    infos = tfds.builder_from_directory(version_dir).info.splits
+    return _sliced(split, infos, functools.partial(_decode_split, name, version_dir))
 
 
 def _encoded(builder: tfds.core.DatasetBuilder, split: str):
@@ -93,10 +136,10 @@ def _encoded(builder: tfds.core.DatasetBuilder, split: str):
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
-def _decoded(name: str, version_dir: str, split: str) -> Arrays:
-    splits = tfds.builder_from_directory(version_dir).info.splits
-    ranges = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-    parts = [[a[r.from_ : r.to] for a in _decode_split(name, version_dir, r.splitname)] for r in ranges]
+def _sliced(split: str, infos: dict[str, tfds.core.SplitInfo], read: Callable[[str], Arrays]) -> Arrays:
+    """What `split`, in TFDS' language, names of the whole splits that `read` gives."""
+    ranges = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    parts = [[a[r.from_ : r.to] for a in read(r.splitname)] for r in ranges]
     return Arrays(*(x[0] if len(x) == 1 else np.concatenate(x) for x in zip(*parts, strict=True)))
 
 

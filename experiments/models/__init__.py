@@ -1,4 +1,4 @@
-"""Image models of the experiments as pure functions: `build`, `apply`, `recalibrate`, and segments by module path.
+"""Models of the experiments as pure functions: `build`, `apply`, `recalibrate`, and segments by module path.
 
 Parameters and model state are plain nested dicts of arrays, without keys or counters, so that a leading axis of workers
 can be put on every leaf. The names of parameters are paths such as 'layer1/0/conv1/kernel'.
@@ -11,7 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from experiments.models.decoder import Decoder as Decoder
+from experiments.models.decoder import decoder
 from experiments.models.mlp import MLP as MLP
 from experiments.models.mlp import mlp
 from experiments.models.norm import MOMENTUM
@@ -34,6 +37,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
     "resnet18": partial(imagenet_resnet, depth=18),
     "resnet34": partial(imagenet_resnet, depth=34),
     "resnet50": partial(imagenet_resnet, depth=50),
+    "decoder": decoder,
 }
 
 
@@ -42,10 +46,10 @@ def build(
 ) -> tuple[nnx.GraphDef, PyTree, PyTree]:
     """One worker's `(graphdef, params, model_state)` of the model called `name` in `MODELS`.
 
-    `image_shape` is (height, width, channels); `options` go to the constructor. `params` and `model_state` are nested
-    dicts of float32 arrays, `model_state` the BatchNorm statistics and empty for models without. The graphdef is static
-    and can be hashed; `jax.eval_shape(lambda: build(...)[1:])` gives shapes without computing anything. Raises
-    `ValueError` for an unknown name.
+    `image_shape` is (height, width, channels), or (sequence,) of text; `options` go to the constructor. `params` and
+    `model_state` are nested dicts of float32 arrays, `model_state` the BatchNorm statistics and empty for models
+    without. The graphdef is static and can be hashed; `jax.eval_shape(lambda: build(...)[1:])` gives shapes without
+    computing anything. Raises `ValueError` for an unknown name.
     """
     if name not in MODELS:
         raise ValueError(f"`name` must be one of {', '.join(MODELS)}, got {name!r}.")
@@ -67,6 +71,8 @@ def apply(
 ) -> tuple[jax.Array, PyTree]:
     """Float32 logits `[batch, classes]` of one worker's images `[batch, height, width, channels]`, and its new state.
 
+    A decoder's, of tokens `[batch, sequence]`, are `[batch, sequence, classes]`.
+
     With `train`, BatchNorm uses the batch's statistics and moves the running ones, and dropout draws from `key`;
     without, the state comes back unchanged and `key` may be None. Differentiable in `params`. A pure function of one
     worker's values: give every worker its own `key`, or all drop the same units. Raises `ValueError` where dropout
@@ -76,6 +82,18 @@ def apply(
     model = nnx.merge(graphdef, params, model_state, copy=True)
     logits = model(images, train=train, key=key)
     return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)) if train else model_state
+
+
+def annotations(graphdef: nnx.GraphDef, params: PyTree, model_state: PyTree) -> PyTree | None:
+    """Over which axes inside a worker the model's author would split each parameter; None where he does not say.
+
+    A tree like `params` of PartitionSpecs over the axes "fsdp" and "tensor", P() for what should lie whole on every
+    device. They are without the axis of workers, which comes first. The mesh need not have both axes, and a spec does
+    not promise that the size divides. The arguments are those of `apply`; shapes will do for arrays.
+    """
+    model = nnx.merge(graphdef, params, model_state, copy=True)
+    specs = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(model, nnx.Param)))
+    return specs if any(spec != P() for spec in jax.tree.leaves(specs)) else None
 
 
 def recalibrate(graphdef: nnx.GraphDef, params: PyTree, model_state: PyTree, batches: Iterable[jax.Array]) -> PyTree:

@@ -184,8 +184,8 @@ def test_the_rows_are_means_over_their_steps_whenever_they_are_written(config, t
             assert row[key] == pytest.approx(np.mean([every[step - 1][key] for step in steps]))
 
 
-def test_metrics_are_read_while_the_next_step_runs(config, tmp_path, monkeypatch):
-    events = []
+def test_a_step_is_waited_for_while_the_next_runs_and_metrics_are_read_for_rows_only(config, tmp_path, monkeypatch):
+    events, made = [], []
 
     class Recorded:
         def __init__(self, step):
@@ -198,20 +198,28 @@ def test_metrics_are_read_while_the_next_step_runs(config, tmp_path, monkeypatch
         def compile(self):
             def run(state, batch, step):
                 events.append(("run", int(jax.device_get(step)) + 1))
-                return self.compiled(state, batch, step)
+                state, metrics = self.compiled(state, batch, step)
+                made.append(metrics)
+                return state, metrics
 
             return run
 
-    make_train_step, fetch = train.make_train_step, train.fetch
+    make_train_step, fetch, wait = train.make_train_step, train.fetch, jax.block_until_ready
+
+    def waited(x):
+        events.extend(("wait", i) for i, metrics in enumerate(made, 1) if any(metrics is y for y in x))
+        return wait(x)
+
     monkeypatch.setattr(train, "make_train_step", lambda *a, **k: Recorded(make_train_step(*a, **k)))
-    monkeypatch.setattr(train, "fetch", lambda step, m: events.append(("read", step)) or fetch(step, m))
-    train.train(config, tmp_path)
-    assert events == [("run", 1), ("run", 2), ("read", 1), ("run", 3), ("read", 2), ("read", 3)]
+    monkeypatch.setattr(train, "fetch", lambda first, m: events.append(("read", first, len(m))) or fetch(first, m))
+    monkeypatch.setattr(jax, "block_until_ready", waited)
+    train.train(changed(config, log_every=2), tmp_path)
+    assert events == [("run", 1), ("run", 2), ("wait", 1), ("read", 1, 2), ("run", 3), ("read", 3, 1)]
 
 
 def test_a_hidden_transfer_in_the_loop_is_an_error(config, tmp_path, monkeypatch):
-    place_batch, _ = train.placements(N)
-    monkeypatch.setattr(train, "placements", lambda where: (place_batch, lambda step: step))
+    part, place_batch, _ = train.placements(N)
+    monkeypatch.setattr(train, "placements", lambda where: (part, place_batch, lambda step: step))
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train.train(config, tmp_path)
 
@@ -288,13 +296,13 @@ def test_a_loss_that_is_nan_stops_the_run_and_leaves_what_was_written(config, tm
 
 def test_rows_are_written_at_once_and_an_interrupt_leaves_them(config, tmp_path, monkeypatch):
     def interrupt(batch):
-        assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
+        assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
         raise KeyboardInterrupt
 
     spoil(monkeypatch, 4, interrupt)
     with pytest.raises(KeyboardInterrupt):
         train.train(changed(config, steps=6), tmp_path)
-    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
     check_picture(tmp_path / "curves.png")
 
 
@@ -330,8 +338,8 @@ def test_a_learning_rate_that_is_too_large_stops_the_run(steps, message, config,
 def test_copies_that_differ_are_refused(config, tmp_path, monkeypatch):
     copies = cj.copies
 
-    def perturbed(tree, where):
-        return jax.tree.map(lambda x: x.at[2].add(1) if x.ndim == 3 else x, copies(tree, where))
+    def perturbed(*args, **kwargs):
+        return jax.tree.map(lambda x: x.at[2].add(1) if x.ndim == 3 else x, copies(*args, **kwargs))
 
     monkeypatch.setattr(train.cj, "copies", perturbed)
     with pytest.raises(
@@ -372,7 +380,11 @@ def test_an_earlier_run_is_not_written_over(config, tmp_path):
         (dict(dataset__name="fashionmnist"), "`config.dataset.name` must .* did you mean 'fashion_mnist'"),
         (dict(dataset__eval_split="tset"), "Unknown split 'tset'"),
         (dict(simulate="no", num_workers=128), "`config.num_workers` must divide the number of devices, 64, got 128: "),
-        (dict(simulate="no"), "`config.eval_batch_size` must be a multiple of the 64 devices, got 200"),
+        (dict(simulate="no"), "`config.eval_batch_size` must be a multiple of the 64 devices that share it, got 200"),
+        (dict(simulate="no", inner__fsdp=3), "must divide the 8 devices of a worker, got 3 and 1"),
+        (dict(simulate="no", inner__tensor=8, eval_batch_size=192), "must be 1 for mlp, which does not say how to"),
+        (dict(inner__fsdp=2), "must be 1 where workers are simulated, got 2 and 1"),
+        (dict(inner__tensor=0), "`config.inner.tensor` must be at least 1, got 0"),
     ],
     ids=str,
 )

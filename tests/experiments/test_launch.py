@@ -1,0 +1,430 @@
+"""The launch files, run with stand-ins for srun, mpirun, ssh and gcloud: what each process is started with, and what
+JAX's own detection makes of it."""
+
+import inspect
+import itertools
+import json
+import operator
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from typing import NamedTuple
+
+import pytest
+import yaml
+from absl import flags
+from jax._src.clusters import k8s_cluster
+
+from experiments import processes, train
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAUNCH = ROOT / "experiments/launch"
+SHELL = [LAUNCH / name for name in ("slurm.sbatch", "openmpi.sh", "by_hand.sh", "tpu_pod.sh")]
+YAML = [LAUNCH / name for name in ("indexed_job.yaml", "jobset.yaml", "jobset_tpu.yaml")]
+TEXT = "\n".join(path.read_text() for path in [*SHELL, *YAML])  # comments too: they recommend flags
+CACHE = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
+SUBMITTED = {"PATH": "", "SHARED": "/shared", "REPO": str(ROOT), "WORKDIR": "/shared/runs/a run"}
+
+
+class Process(NamedTuple):
+    args: list[str]  # of train.py
+    env: dict[str, str]
+
+
+# Stand-ins: each writes down how it was called
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory):
+    """A folder of commands that write down their arguments and environment."""
+    folder, called = tmp_path_factory.mktemp("bin"), tmp_path_factory.mktemp("called")
+    script = folder / "python"
+    script.write_text(
+        f"#!/bin/sh\nout=$(/usr/bin/mktemp {called}/XXXXXX)\n"
+        '{ /usr/bin/env -0; printf \'\\001\'; printf \'%s\\0\' "$0" "$@"; } > "$out"\n'
+    )
+    script.chmod(0o755)
+    for name in ("srun", "mpirun", "ssh", "gcloud"):
+        (folder / name).symlink_to(script)
+    (folder / "called").symlink_to(called)
+    return folder
+
+
+def calls(stub, command, env):
+    """Run `command` with no environment but `env`; what it called, as `[(name, args, env), ...]`."""
+    env = {**env, "PATH": f"{stub}:/usr/bin:/bin", "PYTHON": str(stub / "python")}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = []
+    for path in sorted((stub / "called").iterdir()):
+        before, after = path.read_bytes().decode().split("\1")
+        name, *args = after.removesuffix("\0").split("\0")
+        found.append((pathlib.Path(name).name, args, dict(x.split("=", 1) for x in before.split("\0") if x)))
+        path.unlink()
+    return found
+
+
+def trained(command):
+    """The arguments of train.py in a command of python."""
+    python, script, *args = command
+    assert pathlib.Path(python).name == "python"
+    assert (ROOT / script).resolve() == ROOT / "experiments/train.py"
+    return args
+
+
+# What each launcher then starts
+
+
+def slurm(stub):
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.MULTILINE))
+    nodes, tasks = int(asked["nodes"]), int(asked["ntasks-per-node"])
+    assert asked["gpus-per-node"] == asked["ntasks-per-node"]
+    env = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_NTASKS_PER_NODE": str(tasks)}
+    env |= {"SLURM_CPUS_PER_TASK": asked["cpus-per-task"], "SLURM_SUBMIT_DIR": str(ROOT)}
+    [(name, args, env)] = calls(stub, ["bash", LAUNCH / "slurm.sbatch"], SUBMITTED | env)
+    assert name == "srun"
+    first = next(i for i, arg in enumerate(args) if not arg.startswith("-"))
+    assert "--distribution=block" in args[:first]  # so that task 0 is on the first node
+    step = {"SLURM_STEP_NODELIST": f"node[001-{nodes:03}]", "SLURM_NTASKS": str(nodes * tasks)}
+    step |= {"SLURM_STEP_NUM_TASKS": str(nodes * tasks), "SLURM_STEP_NUM_NODES": str(nodes)}
+    return [
+        Process(trained(args[first:]), env | step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % tasks)})
+        for i in range(nodes * tasks)
+    ]
+
+
+def openmpi(stub, *, version=4):
+    hosts = stub / "hosts"
+    hosts.write_text("# two hosts\nalpha slots=8\nbeta slots=8\n")
+    env = SUBMITTED | {"HOSTFILE": str(hosts), "GPUS": "8"}
+    [(name, args, env)] = calls(stub, ["bash", LAUNCH / "openmpi.sh"], env)
+    assert name == "mpirun"
+    first = args.index("bash")
+    options, command = args[:first], args[first:]
+    size, each = int(options[options.index("-np") + 1]), int(re.search(r"ppr:(\d+):node", " ".join(options))[1])
+    exported = {name: env[name] for flag, name in itertools.pairwise(options) if flag == "-x"}
+    found = []
+    for i in range(size):
+        rank = {"OMPI_COMM_WORLD_SIZE": str(size), "OMPI_COMM_WORLD_RANK": str(i)}
+        rank |= {"OMPI_COMM_WORLD_LOCAL_RANK": str(i % each)}
+        if version == 4:  # and the address of mpirun's host, which is not that of process 0
+            rank["OMPI_MCA_orte_hnp_uri"] = "1531576320.0;tcp://10.96.0.1:34911"
+        [(name, args, env)] = calls(stub, command, exported | rank)
+        found.append(Process(trained([name, *args]), env))
+    return found
+
+
+def by_hand(stub):
+    called = calls(stub, ["bash", LAUNCH / "by_hand.sh"], SUBMITTED | {"HOSTS": "alpha beta"})
+    assert {name for name, _, _ in called} == {"ssh"}
+    found = []
+    for _, [flag, host, command], _ in sorted(called, key=lambda call: call[1][1]):
+        assert (flag, host) == ("-tt", ["alpha", "beta"][len(found)])
+        env, *rest = shlex.split(command)  # as the shell of the other host does
+        assert env == "env"
+        variables = [x for x in rest if re.match(r"\w+=", x)]
+        found.append(Process(trained(rest[len(variables) :]), dict(x.split("=", 1) for x in variables)))
+    return found
+
+
+def tpu_pod(stub, *, slices=2):
+    env = SUBMITTED | {"PROJECT": "p", "ZONE": "z", "NAME": "n", "SLICES": str(slices)}
+    [(name, args, _)] = calls(stub, ["bash", LAUNCH / "tpu_pod.sh", "run"], env)
+    assert name == "gcloud"
+    assert {"--node=all", "--worker=all", f"--batch-size={slices * 64}"} <= set(args)  # all at once, or none can start
+    [command] = [arg.removeprefix("--command=") for arg in args if arg.startswith("--command=")]
+    [(name, args, env)] = calls(stub, ["bash", "-c", f"{command} wait"], {"HOME": str(stub)})
+    metadata = {"worker-network-endpoints": ",".join(f"::10.0.0.{i}" for i in range(64))}
+    megascale = "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.0'\nMEGASCALE_NUM_SLICES: '{}'\nMEGASCALE_SLICE_ID: '{}'"
+    return [
+        Process(
+            trained([name, *args]),
+            env
+            | {
+                "TEST_METADATA": json.dumps(
+                    metadata
+                    | {
+                        "agent-worker-number": str(i),
+                        "tpu-env": megascale.format(slices, s) if slices > 1 else "A: 'b'",
+                    }
+                )
+            },
+        )
+        for s in range(slices)
+        for i in range(64)
+    ]
+
+
+def documents(path):
+    text = path.read_text().replace("${IMAGE}", "an/image").replace("${CLAIM}", "a-claim").replace("${RUN}", "a-run")
+    return list(yaml.safe_load_all(text))
+
+
+def pods(path):
+    """`(index of the replica, index in the job, container)` of every pod."""
+    spec = documents(path)[-1]["spec"]
+    for job in spec.get("replicatedJobs", [{"replicas": 1, "template": {"spec": spec}}]):
+        inner = job["template"]["spec"]
+        [container] = inner["template"]["spec"]["containers"]
+        for replica in range(job["replicas"]):
+            yield from ((replica, i, container) for i in range(inner["completions"]))
+
+
+def kubernetes(stub, path, env_of=lambda replica, i: {}):
+    found = []
+    for replica, i, container in pods(path):
+        env = {x["name"]: x["value"] for x in container["env"]}
+        env |= {"JOB_COMPLETION_INDEX": str(i), "KUBERNETES_SERVICE_HOST": "10.0.0.1"} | env_of(replica, i)
+        command = [*container["command"], *container["args"]]
+        if not found or "process_id" in " ".join(command):  # all pods of a TPU slice run one and the same
+            [(name, args, _)] = calls(stub, command, env)
+        found.append(Process(trained([name, *args]), env))
+    return found
+
+
+def gke(replica, i):
+    hosts = ",".join(f"crossover-slice-{replica}-{k}.crossover" for k in range(64))
+    megascale = {"MEGASCALE_COORDINATOR_ADDRESS": "crossover-slice-0-0.crossover", "MEGASCALE_NUM_SLICES": "2"}
+    return megascale | {"MEGASCALE_SLICE_ID": str(replica), "TPU_WORKER_ID": str(i), "TPU_WORKER_HOSTNAMES": hosts}
+
+
+class Started(NamedTuple):
+    start: object
+    processes: int
+    devices: int  # of one process
+    workers: int
+    address: str
+    one_device: bool = False  # each process sees one device of its host, by its local index
+
+
+STARTED = {
+    "slurm": Started(slurm, 64, 1, 8, f"node001:{4242 % 4096 + 61440}", one_device=True),
+    "openmpi 4": Started(openmpi, 16, 1, 2, "alpha:8476", one_device=True),
+    "openmpi 5": Started(lambda stub: openmpi(stub, version=5), 16, 1, 2, "alpha:8476", one_device=True),
+    "by hand": Started(by_hand, 2, 8, 2, "alpha:8476"),
+    "one TPU slice": Started(lambda stub: tpu_pod(stub, slices=1), 64, 4, 1, "10.0.0.0:8482"),
+    "TPU slices": Started(tpu_pod, 128, 4, 2, "10.0.0.0:8482"),
+    "indexed job": Started(lambda stub: kubernetes(stub, YAML[0]), 8, 8, 8, "crossover-0.crossover:8476"),
+    "JobSet": Started(lambda stub: kubernetes(stub, YAML[1]), 8, 8, 8, "crossover-host-0-0.crossover:8476"),
+    "GKE": Started(lambda stub: kubernetes(stub, YAML[2], gke), 128, 4, 2, "crossover-slice-0-0.crossover:8482"),
+}
+
+# Run by a fresh interpreter: the resolution of JAX itself, without the service and the client that it would start.
+JOIN = """
+import contextlib, io, json, os, sys, types
+import jax
+from jax._src import distributed
+from jax._src.clusters import cloud_tpu_cluster, cluster
+from experiments import processes
+
+found = {}
+def client(address, process_id, **_):
+    found["address"] = address
+    return types.SimpleNamespace(connect=lambda: None)
+distributed._jax = types.SimpleNamespace(
+    get_distributed_runtime_service=lambda *_, **__: "service", get_distributed_runtime_client=client
+)
+distributed.State.initialize_preemption_sync_manager = lambda self: None
+def get_metadata(key):
+    metadata = json.loads(os.environ.get("TEST_METADATA", "{}"))
+    return (metadata[key], 200) if key in metadata else ("", 404)
+cloud_tpu_cluster.get_metadata = get_metadata
+cloud_tpu_cluster.BaseTpuCluster.wait_for_coordinator = lambda *_: None
+
+original = dict(os.environ)
+for flags, env in json.load(sys.stdin):
+    os.environ.clear()
+    os.environ.update(original | env)
+    on_tpu = "TEST_METADATA" in env or "TPU_WORKER_ID" in env
+    cloud_tpu_cluster.running_in_cloud_tpu_vm = cluster.running_in_cloud_tpu_vm = on_tpu
+    os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # set where there is no TPU
+    jax.config.update("jax_cuda_visible_devices", "all")
+    found.clear()
+    state = distributed.State()
+    jax.distributed.initialize = state.initialize
+    try:
+        processes.join(**flags)
+        found |= {"id": state.process_id, "count": state.num_processes, "first": state.service is not None}
+        found["devices"] = jax.config.read("jax_cuda_visible_devices")
+    except Exception as error:
+        found["error"] = repr(error)
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def launched(stub):
+    """By name, every process that is started and what JAX then finds out in it."""
+    found = {name: expected.start(stub) for name, expected in STARTED.items()}
+    joined = iter(join([process for started in found.values() for process in started]))
+    return {name: (started, [next(joined) for _ in started]) for name, started in found.items()}
+
+
+def join(started):
+    names = set(inspect.signature(processes.join).parameters)
+    asked = [
+        ({k: flags.FLAGS[k].parser.parse(v) for k, v in values(process.args).items() if k in names}, process.env)
+        for process in started
+    ]
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN], input=json.dumps(asked), env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def values(args):
+    return dict(arg.removeprefix("--").split("=", 1) for arg in args)
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_every_process_has_flags_that_train_knows_and_joins_in_its_place(name, launched):
+    expected = STARTED[name]
+    started, joined = launched[name]
+    assert len(started) == expected.processes
+    namespace: dict = {}
+    exec(train.DEFAULT_CONFIG.read_text(), namespace)
+    config = namespace["get_config"]()
+    for args, env in started:
+        for key, value in values(args).items():
+            if key.startswith("config."):
+                operator.attrgetter(key.removeprefix("config."))(config)
+            elif key == "config":
+                assert (ROOT / value).exists()
+            else:
+                flags.FLAGS[key].parser.parse(value)
+        assert env.keys() >= CACHE
+    first = values(started[0].args)
+    assert int(first["config.num_workers"]) == expected.workers
+    for batch_size in (int(first["config.batch_size"]), config.eval_batch_size):
+        assert batch_size % (expected.processes * expected.devices) == 0
+    assert [found.get("id", found) for found in joined] == list(range(expected.processes))
+    assert [found["first"] for found in joined] == [i == 0 for i in range(expected.processes)]
+    assert {(found["address"], found["count"]) for found in joined} == {(expected.address, expected.processes)}
+    devices = [str(i % 8) if expected.one_device else "all" for i in range(expected.processes)]
+    assert [found["devices"] for found in joined] == devices
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_queued_resource_has_as_many_nodes_as_slices(stub, slices):
+    env = SUBMITTED | {"PROJECT": "p", "ZONE": "z", "NAME": "n", "SLICES": str(slices)}
+    [(_, args, _)] = calls(stub, ["bash", LAUNCH / "tpu_pod.sh", "create"], env)
+    assert ("--node-id=n" in args) == (slices == 1)
+    assert ("--node-count=2" in args) == (slices == 2)
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda p: p.name)
+def test_shell_files_stop_at_the_first_error(path):
+    assert "set -euo pipefail" in path.read_text()
+    subprocess.run(["bash", "-n", path], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "--shell=bash", path], check=True)
+
+
+def test_a_host_that_fails_ends_the_others(tmp_path):
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\n[ "$2" = alpha ] && exec sleep 60\nexit 7\n')
+    ssh.chmod(0o755)
+    env = SUBMITTED | {"HOSTS": "alpha beta", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    assert subprocess.run(["bash", LAUNCH / "by_hand.sh"], env=env, timeout=30).returncode == 7
+
+
+@pytest.mark.parametrize("path", YAML, ids=lambda p: p.name)
+def test_jobs_run_all_their_pods_at_once_and_are_found_where_jax_would_look(path, monkeypatch):
+    *others, last = documents(path)
+    replicated = last["spec"].get("replicatedJobs", [{"name": "", "replicas": 1, "template": last}])
+    [job] = replicated
+    spec = job["template"]["spec"]
+    pod = spec["template"]["spec"]
+    [container] = pod["containers"]
+    env = {x["name"]: x["value"] for x in container["env"]}
+    assert container["image"] == "an/image"
+    assert (spec["completionMode"], spec["backoffLimit"], pod["restartPolicy"]) == ("Indexed", 0, "Never")
+    assert spec["completions"] == spec["parallelism"]
+    if "google.com/tpu" in container["resources"]["limits"]:
+        x, y = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+        assert spec["completions"] * container["resources"]["limits"]["google.com/tpu"] == x * y
+        return
+    assert int(env["NUM_PROCESSES"]) == job["replicas"] * spec["completions"]
+    if last["kind"] == "Job":
+        [service] = others
+        assert service["spec"]["clusterIP"] == "None"
+        assert service["spec"]["selector"] == {"job-name": last["metadata"]["name"]}
+        assert service["metadata"]["name"] == pod["subdomain"]
+        name, labels = last["metadata"]["name"], {}
+    else:  # a JobSet is its own service, and names its jobs
+        assert not others
+        name = f"{last['metadata']['name']}-{job['name']}-0"
+        labels = {"jobset.sigs.k8s.io/jobset-name": last["metadata"]["name"]}
+    meta = types.SimpleNamespace(metadata=types.SimpleNamespace(name=name, labels=labels))
+    cluster = k8s_cluster.K8sCluster
+    monkeypatch.setattr(cluster, "_controller", lambda: types.SimpleNamespace(kind="Job"))
+    monkeypatch.setattr(cluster, "_job", lambda: meta)
+    monkeypatch.setattr(
+        cluster, "_pod", lambda: types.SimpleNamespace(spec=types.SimpleNamespace(subdomain=pod.get("subdomain")))
+    )
+    address = cluster.get_coordinator_address(timeout_secs=None, override_coordinator_port="8476")
+    assert f"--coordinator={address} " in container["args"][0]
+
+
+# Flags of the compilers
+
+XLA = """
+import jax, jax.numpy as jnp
+from jax._src.lib import xla_client
+options = xla_client.CompileOptions()
+options.executable_build_options.debug_options
+jnp.zeros(1)
+print(options.SerializeAsString().hex(), jax.config.jax_compilation_cache_dir,
+      jax.config.jax_persistent_cache_min_compile_time_secs)
+"""
+TPU = """
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+x = jax.ShapeDtypeStruct((8, 128), "float32", sharding=SingleDeviceSharding(device))
+jax.jit(lambda x: x + 1).lower(x).compile()
+"""
+
+
+def python(code, **env):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | env
+    return subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_xla_knows_the_flags_of_gpus_and_none_is_its_default():
+    found = sorted(set(re.findall(r"--xla_gpu_\w+=\w+", TEXT)))
+    assert found
+    plain = python(XLA, XLA_FLAGS="")
+    for flag in found:
+        done = python(XLA, XLA_FLAGS=flag)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[0] != plain.stdout.split()[0]
+    done = python(XLA, XLA_FLAGS="--xla_gpu_no_such_flag=true")
+    assert done.returncode != 0
+    assert "Unknown flag" in done.stderr
+
+
+def test_libtpu_knows_the_flags_of_tpus():
+    pytest.importorskip("libtpu")
+    found = sorted(set(re.findall(r"--(?:xla_tpu|megascale)_\w+=\w+", TEXT)))
+    assert found
+    done = python(TPU, LIBTPU_INIT_ARGS=" ".join(found))
+    assert done.returncode == 0, done.stderr
+    done = python(TPU, LIBTPU_INIT_ARGS="--megascale_no_such_flag=1")
+    assert done.returncode != 0
+    assert "Unknown command line flag" in done.stderr
+
+
+def test_jax_reads_where_the_compilation_cache_is():
+    assert all(name in TEXT for name in CACHE)
+    env = dict(zip(sorted(CACHE), ["/shared/jax-cache", "0"], strict=True))
+    assert python(XLA, **env).stdout.split()[1:] == ["/shared/jax-cache", "0.0"]
