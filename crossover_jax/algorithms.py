@@ -77,8 +77,10 @@ def mix_during(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
     return Algorithm(optimizer.init, update)
 
 
-def average_grads(optimizer: optax.GradientTransformation, axis: str = "worker") -> Algorithm:
+def average_grads(optimizer: optax.GradientTransformation, axis: str = "worker", *, specs: PyTree = None) -> Algorithm:
     """Synchronous data parallelism, AllReduce-SGD: every worker steps with the gradient averaged over all workers.
+
+    `specs` tells how gradients lie inside a worker of several devices, as in `gossip`.
 
     >>> algorithm, x, grads = average_grads(optax.sgd(1.0)), jnp.zeros(4), jnp.arange(4.0)
     >>> jax.vmap(lambda g, x: algorithm.update(g, algorithm.init(x), x, 0)[0], axis_name="worker")(grads, x).tolist()
@@ -88,7 +90,7 @@ def average_grads(optimizer: optax.GradientTransformation, axis: str = "worker")
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(grads, state, params, step, **extra):
-        updates, state = optimizer.update(average(axis)(grads, step), state, params, **extra)
+        updates, state = optimizer.update(average(axis, specs=specs)(grads, step), state, params, **extra)
         return optax.apply_updates(params, updates), state
 
     return Algorithm(optimizer.init, update)

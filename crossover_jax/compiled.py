@@ -28,6 +28,12 @@ _COLLECTIVE_LINE = re.compile(
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_SENT = {  # the same between slices, in units of what is sent from the chip
+    "ALL_REDUCE": lambda g: 2 * (g - 1) / g,
+    "ALL_GATHER": lambda g: g - 1,
+    "REDUCE_SCATTER": lambda g: (g - 1) / g,
+    "ALL_TO_ALL": lambda g: (g - 1) / g,
+}
 _RING = {  # bytes that each of g members passes on, in units of the operation's result
     "all-reduce": lambda g: 2 * (g - 1) / g,
     "all-gather": lambda g: (g - 1) / g,
@@ -185,7 +191,7 @@ def traffic(text: str, mesh: Mesh, axis: str | tuple[str, ...] = "worker") -> li
     counts: collections.Counter = collections.Counter()
     sent: dict = collections.defaultdict(lambda: np.zeros(len(devices)))
     left: dict = collections.defaultdict(lambda: np.zeros(len(devices)))
-    for operation, edges, times in _messages(text, place):
+    for operation, edges, times in _messages(text, place, devices):
         if not edges:
             continue
         source, target, num_bytes = (np.array(column) for column in zip(*edges, strict=True))
@@ -200,7 +206,8 @@ def traffic(text: str, mesh: Mesh, axis: str | tuple[str, ...] = "worker") -> li
             np.add.at(sent[kind], s, size)
             np.add.at(left[kind], worker[s], size * (worker[s] != worker[t]))
     return [
-        Traffic(*kind, counts[kind], float(chip.max()), float(left[kind].max())) for kind, chip in sorted(sent.items())
+        Traffic(*kind, count=counts[kind], bytes_per_chip=chip.max().item(), bytes_per_worker=left[kind].max().item())
+        for kind, chip in sorted(sent.items())
     ]
 
 
@@ -209,17 +216,34 @@ def _island(device: jax.Device) -> int:
     return (getattr(device, "slice_index", 0) or 0) if device.platform == "tpu" else device.process_index
 
 
-def _messages(text: str, place: dict[int, int]) -> Iterator[tuple[str, list[tuple[int, int, float]], int]]:
+def _messages(
+    text: str, place: dict[int, int], devices: list[jax.Device]
+) -> Iterator[tuple[str, list[tuple[int, int, float]], int]]:
     """Each collective's name, its messages (source, target, bytes), devices by their place in the mesh, how often."""
     for line, times in _lines(text):
         if not (found := _COLLECTIVE_LINE.search(line)):
             continue
         operation = found["operation"]
         sizes = [_bytes(dtype, shape) for dtype, shape in _SHAPE.findall(found["result"])]
-        if operation == "send":
-            pairs = re.search(r"_xla_megascale_target=\{(.*?)\}\}", line)
-            ids = re.findall(r"(\d+)->(\d+)", pairs[1]) if pairs else []
+        if operation == "send" and (ids := re.findall(r"\{(\d+)->(\d+)\}", line)):
             yield operation, [(place[int(s)], place[int(t)], sizes[0]) for s, t in ids], times
+        elif operation == "send":
+            kind, target = (
+                found[1] if (found := re.search(rf'_xla_megascale_{name}="(.*?)"', line)) else ""
+                for name in ("transfer_type", "target")
+            )
+            if kind not in _SENT:
+                raise ValueError(f"`traffic` knows sends between slices that are {', '.join(_SENT)}, got {kind!r}.")
+            groups = _groups_of_slices(target, devices)
+            yield (
+                f"{kind.lower().replace('_', '-')} by send",
+                [
+                    (source, target, sizes[0] * _SENT[kind](len(group)))
+                    for group in groups
+                    for source, target in zip(group, [*group[1:], group[0]], strict=True)
+                ],
+                times,
+            )
         elif operation == "collective-permute":
             pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
             ids = re.findall(r"(\d+),(\d+)", pairs[1]) if pairs else []
@@ -235,6 +259,16 @@ def _messages(text: str, place: dict[int, int]) -> Iterator[tuple[str, list[tupl
                 ],
                 times,
             )
+
+
+def _groups_of_slices(target: str, devices: list[jax.Device]) -> list[list[int]]:
+    """Who takes part in "{1,2,3}x{0:7}": slices, counted from 1, and in each the devices from one to another."""
+    slices, first, last = re.findall(r"^\{([\d,]+)\}x\{(\d+):(\d+)\}$", target)[0]
+    of_slice = collections.defaultdict(list)
+    for i, device in enumerate(devices):
+        of_slice[_island(device)].append((device.id, i))
+    members = [sorted(of_slice[int(s) - 1]) for s in slices.split(",")]
+    return [[member[d][1] for member in members] for d in range(int(first), int(last) + 1)]
 
 
 def _lines(text: str) -> Iterator[tuple[str, int]]:

@@ -5,6 +5,7 @@ They run wherever the axis of the workers has a name: inside `jax.shard_map` ove
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -131,10 +132,10 @@ Channels = Sequence[tuple[int, Sequence[tuple[Any, int]]]]
 
 
 def _static_channels(row: np.ndarray, bounds: tuple[int, ...]) -> Channels:
-    return [
-        (p, [(bounds[s], bounds[s + 1] - bounds[s]) for s in np.flatnonzero(row == p).tolist()])
-        for p in np.unique(row[row >= 0]).tolist()
-    ]
+    """Neighbours that share a round travel as one."""
+    at = [np.flatnonzero(row == p) for p in np.unique(row[row >= 0])]
+    runs = [np.split(s, np.flatnonzero(np.diff(s) > 1) + 1) for s in at]
+    return [(int(row[r[0][0]]), [(bounds[s[0]], bounds[s[-1] + 1] - bounds[s[0]]) for s in r]) for r in runs]
 
 
 def _traced_channels(table: Table, step: Any, bounds: tuple[int, ...]) -> Channels:
@@ -148,16 +149,28 @@ def _traced_channels(table: Table, step: Any, bounds: tuple[int, ...]) -> Channe
 
 
 def _by_channels(flat: Array, channels: Channels, pool: Pool, axis: str) -> Array:
-    """All segments leave before any is written back: no message waits for another."""
-    arrived = []
-    for p, segments in channels:
-        parts = [lax.dynamic_slice(flat, (start,), (length,)) for start, length in segments]
-        arrived.append(_mix_round(parts[0] if len(parts) == 1 else jnp.concatenate(parts), pool, p, axis))
-    for (_, segments), message in zip(channels, arrived, strict=True):
+    """All segments leave before any is written back: no message waits for another.
+
+    The barriers keep two models alive, what left and what arrived: without them the TPU compiler holds `flat` while
+    messages arrive and makes room for the result before the last is averaged, 2.8 to 5.1 models (tests/test_memory.py).
+    """
+    sent = lax.optimization_barrier([_taken(flat, segments) for _, segments in channels])
+    received = [_received(x, pool, p, axis) for x, (p, _) in zip(sent, channels, strict=True)]
+    sent, received = lax.optimization_barrier((sent, received))
+    mixed = [_averaged(x, y, pool, p, axis) for x, y, (p, _) in zip(sent, received, channels, strict=True)]
+    mixed = lax.optimization_barrier(mixed)
+    if sum(x.size for x in mixed) == flat.size:  # nothing stays at home, so `flat` itself is not needed any more
+        flat = jnp.zeros_like(flat)
+    for (_, segments), x in zip(channels, mixed, strict=True):
         ends = np.cumsum([length for _, length in segments])
-        for (start, _), part in zip(segments, jnp.split(message, ends[:-1]), strict=True):
+        for (start, _), part in zip(segments, jnp.split(x, ends[:-1]), strict=True):
             flat = lax.dynamic_update_slice(flat, part, (start,))
     return flat
+
+
+def _taken(flat: Array, segments: Sequence[tuple[Any, int]]) -> Array:
+    parts = [lax.dynamic_slice(flat, (start,), (length,)) for start, length in segments]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _by_switch(flat: Array, bounds: tuple[int, ...], row: Array, table: Table, pool: Pool, axis: str) -> Array:
@@ -171,17 +184,28 @@ def _by_switch(flat: Array, bounds: tuple[int, ...], row: Array, table: Table, p
 
 
 def _mix_round(x: Array, pool: Pool, p: int, axis: str) -> Array:
-    """x_i <- share[0] x_i + Σ_k share[1 + k] x_j: one `ppermute` per peer, averaged in float32 at least."""
-    if not x.size:
-        return x
+    """x_i <- share[0] x_i + Σ_k share[1 + k] x_j."""
+    return _averaged(x, _received(x, pool, p, axis), pool, p, axis)
+
+
+def _received(x: Array, pool: Pool, p: int, axis: str) -> list[Array]:
+    """One `ppermute` per peer that anybody listens to."""
+    # Fixed points are pairs too: vmap refuses partial permutations, and on GPUs they can hang.
+    pairs = [[(int(j), i) for i, j in enumerate(pool.receive_from[p, k])] for k in _peers(pool, p)]
+    return [lax.ppermute(x, axis, pairs_of_peer) for pairs_of_peer in pairs if x.size]
+
+
+def _averaged(x: Array, received: list[Array], pool: Pool, p: int, axis: str) -> Array:
+    """In float32 at least, and returned in the dtype of `x`."""
     wide = widened(x.dtype)
     mixed = _shared(pool.share[p, 0], x.astype(wide), axis)
-    for k, sources in enumerate(pool.receive_from[p]):
-        if pool.share[p, 1 + k].any():
-            # Fixed points are pairs too: vmap refuses partial permutations, and on GPUs they can hang.
-            received = lax.ppermute(x, axis, [(int(j), i) for i, j in enumerate(sources)])
-            mixed = mixed + _shared(pool.share[p, 1 + k], received.astype(wide), axis)
+    for k, message in zip(_peers(pool, p), received, strict=bool(x.size)):
+        mixed = mixed + _shared(pool.share[p, 1 + k], message.astype(wide), axis)
     return mixed.astype(x.dtype)
+
+
+def _peers(pool: Pool, p: int) -> list[int]:
+    return np.flatnonzero(pool.share[p, 1:].any(-1)).tolist()
 
 
 def _shared(share: np.ndarray, x: Array, axis: str) -> Array:
@@ -192,10 +216,11 @@ def _shared(share: np.ndarray, x: Array, axis: str) -> Array:
     return own * x if share.all() else jnp.where(own == 0, 0, own * x)
 
 
-def average(axis: str = "worker", *, where: Callable[[str], bool] | None = None) -> Mix:
+def average(axis: str = "worker", *, where: Callable[[str], bool] | None = None, specs: PyTree = None) -> Mix:
     """Average over all workers by all-reduce, in float32 at least: x_i <- (1/n) Σ_j x_j.
 
-    `where` chooses leaves by name; those that are not floating-point stay as they are.
+    `where` chooses leaves by name; those that are not floating-point stay as they are. Where a worker has several
+    devices each reduces its own part of every leaf, and `specs` tells how they lie, as in `gossip`.
 
     >>> x = jnp.arange(4.0)
     >>> jax.vmap(average(), in_axes=(0, None), axis_name="worker")(x, 0).tolist()
@@ -205,13 +230,7 @@ def average(axis: str = "worker", *, where: Callable[[str], bool] | None = None)
     def mix(tree: PyTree, step: Step) -> PyTree:
         del step
         _check_axis(axis)
-        names, leaves, treedef = flatten(tree)
-        return treedef.unflatten(
-            [
-                _mean(leaf, axis) if _is_moving(name, leaf, where) else leaf
-                for name, leaf in zip(names, leaves, strict=True)
-            ]
-        )
+        return _map_parts(lambda names, parts: [_mean(part, axis) for part in parts], tree, axis, where, specs)
 
     return mix
 
@@ -317,15 +336,14 @@ def _map_packed(
     *shared: Array,
 ) -> PyTree:
     """Apply `function(flat, packing, *shared)` to the packed vectors of the leaves that travel."""
-    names, leaves, treedef = flatten(tree)
-    moving = [i for i, leaf in enumerate(leaves) if _is_moving(names[i], leaf, where)]
-    of_leaves = _spec_of_each_leaf(specs, tree)
 
-    def on_packed(parts: list[Array], *shared: Array) -> list[Array]:
+    def on_packed(names: list[str], parts: list[Array], *shared: Array) -> list[Array]:
         parts = [vary(part, axis) for part in parts]
-        for packing in cut.packings([names[i] for i in moving], parts):
-            flat = jnp.concatenate([parts[i].reshape(-1) for i in packing.leaves])
-            flat = function(jnp.pad(flat, (0, packing.bounds[-1] - flat.size)), packing, *shared)
+        for packing in cut.packings(names, parts):
+            pieces = [parts[i].reshape(-1) for i in packing.leaves]
+            pieces.append(jnp.zeros(packing.bounds[-1] - sum(x.size for x in pieces), pieces[0].dtype))
+            pieces = [x for x in pieces if x.size] or pieces[:1]  # at an empty one XLA:CPU may end the process
+            flat = function(jnp.concatenate(pieces), packing, *shared)
             start = 0
             for i in packing.leaves:
                 size, shape = parts[i].size, parts[i].shape
@@ -333,14 +351,26 @@ def _map_packed(
                 start += size
         return parts
 
-    mixed = on_parts(on_packed, [leaves[i] for i in moving], [of_leaves[i] for i in moving], axis, *shared)
+    return _map_parts(on_packed, tree, axis, where, specs, *shared)
+
+
+def _map_parts(
+    function: Callable[..., list[Array]],
+    tree: PyTree,
+    axis: str,
+    where: Callable[[str], bool] | None,
+    specs: PyTree,
+    *shared: Array,
+) -> PyTree:
+    """Apply `function(names, parts, *shared)` to each device's parts of the leaves that travel."""
+    names, leaves, treedef = flatten(tree)
+    moving = [i for i, leaf in enumerate(leaves) if travels(leaf) and (where is None or where(names[i]))]
+    of_leaves = _spec_of_each_leaf(specs, tree)
+    apply = partial(function, [names[i] for i in moving])
+    mixed = on_parts(apply, [leaves[i] for i in moving], [of_leaves[i] for i in moving], axis, *shared)
     for i, leaf in zip(moving, mixed, strict=True):
         leaves[i] = leaf
     return treedef.unflatten(leaves)
-
-
-def _is_moving(name: str, leaf: Array, where: Callable[[str], bool] | None) -> bool:
-    return travels(leaf) and (where is None or where(name))
 
 
 def _spec_of_each_leaf(specs: PyTree, tree: PyTree) -> list[PartitionSpec | None]:
@@ -361,9 +391,13 @@ def vary(x: Array, axis: str) -> Array:
 
 
 def _varies(x: Any, axis: str) -> bool:
+    return axis in _varying(x)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """The manual axes along which `x` may differ."""
     kind = jax.typeof(x)
-    varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # the first until JAX 0.10.1
-    return axis in varying
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # the first until JAX 0.10.1
 
 
 def _checked(table: Table, pool: Pool, cut: Cut) -> Table:
@@ -381,7 +415,11 @@ def _checked(table: Table, pool: Pool, cut: Cut) -> Table:
     return table
 
 
-def _check_axis(axis: str, num_workers: int | None = None) -> None:
+def _check_axis(axis: Any, num_workers: int | None = None) -> None:
+    if not isinstance(axis, str):
+        raise ValueError(
+            f"`axis` must be one name, got {axis!r}: exchange along one axis, then along the other (`chain`)."
+        )
     try:
         size = lax.axis_size(axis)
     except NameError:
@@ -394,10 +432,14 @@ def _check_axis(axis: str, num_workers: int | None = None) -> None:
 
 
 def _check_same_step(step: Any, axis: str) -> None:
-    """A choice of round that differs between workers compiles, and hangs on real links: refuse it while tracing."""
-    if _varies(step, axis) or type(step).__name__ == "BatchTracer":
+    """A choice of round that differs between workers compiles, and hangs on real links: refuse it while tracing.
+
+    Along any axis: a conditional that some devices do not enter hangs the others, whatever they exchange in it.
+    """
+    if _varying(step) or type(step).__name__ == "BatchTracer":
+        axes = ", ".join(sorted(_varying(step))) or axis
         raise ValueError(
-            f"`step` must be the same on all workers, but it varies over axis {axis!r}: pass one replicated step "
+            f"`step` must be the same on all workers, but it varies over axis {axes!r}: pass one replicated step "
             "(`per_worker(..., replicated=...)`); within `as_optax`, which counts in each worker's own state, only "
             "exchanges at every step over channels work (`by_size`, and a pool whose size divides the segments)."
         )

@@ -147,7 +147,7 @@ def d_psgd(optimizer: Optimizer, num_workers: int, *, axis: str = "worker", spec
     return mix_during(optimizer, gossip(ring(num_workers), cycle(1, 1), whole(), axis, specs=specs))
 
 
-def allreduce_sgd(optimizer: Optimizer, *, axis: str = "worker") -> Algorithm:
+def allreduce_sgd(optimizer: Optimizer, *, axis: str = "worker", specs: PyTree = None) -> Algorithm:
     """AllReduce-SGD: each worker steps with the gradient averaged over all workers; `average_grads` by its known name.
 
     >>> import jax, jax.numpy as jnp
@@ -155,10 +155,10 @@ def allreduce_sgd(optimizer: Optimizer, *, axis: str = "worker") -> Algorithm:
     >>> jax.vmap(lambda g, x: algorithm.update(g, algorithm.init(x), x, 0)[0], axis_name="worker")(grads, x).tolist()
     [-1.5, -1.5, -1.5, -1.5]
     """
-    return average_grads(optimizer, axis)
+    return average_grads(optimizer, axis, specs=specs)
 
 
-def local_sgd(optimizer: Optimizer, local_steps: int = 1, *, axis: str = "worker") -> Algorithm:
+def local_sgd(optimizer: Optimizer, local_steps: int = 1, *, axis: str = "worker", specs: PyTree = None) -> Algorithm:
     """Local SGD: `local_steps` steps alone, then the parameters are averaged; with 1 it is parameter averaging.
 
     Reference: Stich, Local SGD Converges Fast and Communicates Little, arXiv:1805.09767.
@@ -169,7 +169,7 @@ def local_sgd(optimizer: Optimizer, local_steps: int = 1, *, axis: str = "worker
     >>> update(0)(grads, x).tolist(), update(1)(grads, x).tolist()
     ([0.0, -1.0, -2.0, -3.0], [-1.5, -1.5, -1.5, -1.5])
     """
-    return mix_after(optimizer, every(local_steps, average(axis), axis))
+    return mix_after(optimizer, every(local_steps, average(axis, specs=specs), axis))
 
 
 def _pool_size(num_workers: int, cut: Cut | None) -> int:

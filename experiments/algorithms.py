@@ -47,8 +47,8 @@ def _phases(c, optimizer, n, params, specs):
 # name -> (config.algorithm, optimizer, number of workers, one worker's parameters and their specs) -> Algorithm
 ALGORITHMS: dict[str, Callable[[ml_collections.ConfigDict, Any, int, PyTree, PyTree], cj.Algorithm]] = {
     "alone": lambda c, optimizer, n, params, specs: cj.mix_after(optimizer, cj.chain()),  # nobody hears anybody
-    "allreduce": lambda c, optimizer, n, params, specs: cj.allreduce_sgd(optimizer),
-    "local_sgd": lambda c, optimizer, n, params, specs: cj.local_sgd(optimizer, c.local_steps),
+    "allreduce": lambda c, optimizer, n, params, specs: cj.allreduce_sgd(optimizer, specs=specs),
+    "local_sgd": lambda c, optimizer, n, params, specs: cj.local_sgd(optimizer, c.local_steps, specs=specs),
     "d_psgd": lambda c, optimizer, n, params, specs: cj.d_psgd(optimizer, n, specs=specs),
     "sgp": lambda c, optimizer, n, params, specs: cj.sgp(optimizer, n, peers=c.peers, specs=specs),
     "crossover": _crossover,

@@ -242,3 +242,18 @@ def test_crossover_sgd_as_recommended_loads_hosts_and_slices_evenly_without_a_co
     assert sorted(pairs) == sorted(pair for p in range(pool.num_rounds) for pair in pairs_of(pool, p))
     assert len(set(leaving(pairs, list(map(host_of, devices))))) == 1
     assert len(set(leaving(pairs, list(map(slice_of, devices))))) == 1
+
+
+def test_a_step_that_differs_along_the_other_axis_is_refused_and_so_is_a_pair_of_axes():
+    """Half the devices would enter the conditional, and wait in it for the others."""
+    mesh = mesh_of(2, 4)
+    between = cj.every(2, cj.gossip(cj.latin(2, 1), cj.cycle(1, 1), cj.whole(), "slow"), "slow")
+
+    def run(mix):
+        step = lambda x, t: mix(x, t + jax.lax.axis_index("fast"))
+        return jax.shard_map(step, mesh=mesh, in_specs=(LEVELS, P()), out_specs=LEVELS)(jnp.zeros((2, 4)), jnp.int32(0))
+
+    with pytest.raises(ValueError, match="must be the same on all workers, but it varies over axis 'fast'"):
+        run(between)
+    with pytest.raises(ValueError, match=r"`axis` must be one name, got \('slow', 'fast'\)"):
+        run(cj.average.__wrapped__(("slow", "fast")))  # past the type checker, which users do not have

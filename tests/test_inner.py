@@ -141,3 +141,19 @@ def test_explicit_axes_carry_their_own_specs():
     expected = mixed_by_matrices(tree, 1, pool, table, cut)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
     assert "all-reduce" not in collectives(text)
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_an_average_sends_each_part_once_whatever_the_sharding(inside):
+    """2 (n - 1) / n models per worker, what a ring needs, and not that many from each of its devices."""
+    mesh, specs, tree = mesh_of(), INSIDE[inside], random_tree()
+    every = {name: specs.get(name, P()) for name in SHAPES}
+    run, text = lower(cj.average(specs=every), mesh, specs)
+    got = run(placed(tree, mesh, specs), jnp.int32(0))
+    for name, x in tree.items():
+        np.testing.assert_allclose(got[name], np.broadcast_to(x.mean(0), x.shape), rtol=1e-5, atol=1e-6)
+    rows = [row for row in traffic(text, mesh) if "worker" in row.axes]
+    assert {row.operation for row in rows} == {"all-reduce"}
+    model = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
+    ring = 2 * (WORKERS - 1) / WORKERS
+    assert ring * model <= sum(row.bytes_per_worker for row in rows) <= ring * (model + 4 * 3 * len(SHAPES))

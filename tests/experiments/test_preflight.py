@@ -91,7 +91,6 @@ def test_the_exchange_of_resnet50_compiles_for_16384_chips_in_20_seconds(num_wor
     assert sum(row["bytes_per_worker"] for row in rows if row["link"] == "DCN") <= 1.01 * model
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jaxlib 0.10 cannot read what libtpu makes of sharded loops")
 def test_a_decoder_of_a_billion_parameters_fits_workers_of_16_chips():
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices)
     found = preflight.preflight(decoder_1b.get_config(), devices, exchange_only=False)
@@ -99,10 +98,17 @@ def test_a_decoder_of_a_billion_parameters_fits_workers_of_16_chips():
     assert found["model_bytes"] == 4 * 1_028_737_024
     assert found["parameter_bytes_per_chip"] < 1.01 * found["model_bytes"] / 16  # norms lie whole
     assert found["step"]["peak_bytes_per_chip"] < found["memory_bytes_per_chip"]
-    assert found["step"]["conditionals"] == 0
-    between = [row for row in found["step"]["collectives"] if "worker" in row["axes"]]
-    assert {row["operation"] for row in between} == {"collective-permute"}
-    assert sum(row["bytes_per_worker"] for row in between) == pytest.approx(found["model_bytes"], rel=2e-3)
+    # 6 operations per parameter and token, 8 where layers are computed again, and attention; 8192 bytes per chip.
+    assert 8 < found["step"]["operations_per_chip"] / (1.0267e9 * 8192) < 9.5
+    programs = [found["exchange"], found["step"]]
+    if jax.__version_info__ < (0, 11):
+        assert found["step"]["collectives"] is None  # its jaxlib cannot read them
+        programs.pop()
+    for program in programs:
+        assert program["conditionals"] == 0
+        between = [row for row in program["collectives"] if "worker" in row["axes"]]
+        assert {row["operation"] for row in between} == {"collective-permute"}
+        assert sum(row["bytes_per_worker"] for row in between) == pytest.approx(found["model_bytes"], rel=2e-3)
 
 
 @pytest.mark.slow

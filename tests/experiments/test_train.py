@@ -121,6 +121,7 @@ def pulled(sizes):
 
 
 WIRE_BYTES = {
+    "alone": lambda: 0,
     "allreduce": lambda: 2 * (N - 1) / N * MODEL_BYTES,
     "local_sgd": lambda: 2 * (N - 1) / N * MODEL_BYTES,
     "d_psgd": lambda: 2 * MODEL_BYTES,  # both neighbours
