@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from crossover_jax.compiled import collectives, operations, traffic
-from experiments import data, report, train
+from experiments import data, program, report, train
 from experiments.algorithms import make_algorithm
 from experiments.evaluate import batch_axes
 
@@ -54,16 +54,16 @@ def preflight(config: ml_collections.ConfigDict, devices: list[jax.Device], *, e
 
     Raises `DoesNotFit` with the compiler's own figures, and `ValueError` for settings that do not fit together.
     """
-    train.check_settings(config)
-    mesh = train.place_workers(config, devices)
+    program.check_settings(config)
+    mesh = program.place_workers(config, devices)
     if not isinstance(mesh, Mesh):
         raise ValueError(
             f"`config.simulate` must be 'auto' or 'no' for {len(devices)} devices, got {config.simulate!r}."
         )
     dataset = data.describe(config.dataset.name, sequence=config.dataset.sequence)
-    program = train.make_program(config, dataset, mesh, num_steps=config.steps or 1000)
-    assert program.specs is not None
-    state = of_workers(program.shapes, mesh, program.specs)
+    made = program.make_program(config, dataset, mesh, num_steps=config.steps or 1000)
+    assert made.specs is not None
+    state = of_workers(made.shapes, mesh, made.specs)
     batch = of_workers(data.batch_shapes(dataset, config.batch_size // config.num_workers), mesh, P(batch_axes(mesh)))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     found = {
@@ -71,25 +71,25 @@ def preflight(config: ml_collections.ConfigDict, devices: list[jax.Device], *, e
         "workers": config.num_workers,
         "inside": {name: size for name, size in mesh.shape.items() if name != "worker"},
         "memory_bytes_per_chip": available_memory(devices[0]),
-        "model_bytes": num_bytes(program.shapes.params),
+        "model_bytes": num_bytes(made.shapes.params),
         "parameter_bytes_per_chip": bytes_per_chip(state.params),
         "optimizer_bytes_per_chip": bytes_per_chip(state.algorithm),
         "batch_bytes_per_chip": bytes_per_chip(batch),
     }
     try:
-        found["exchange"] = of_compiled(exchange(config, program, mesh), (state.params, step), mesh)
+        found["exchange"] = of_compiled(exchange(config, made, mesh), (state.params, step), mesh)
         if not exchange_only:
-            found["step"] = of_compiled(program.step, (state, batch, step), mesh)
+            found["step"] = of_compiled(made.step, (state, batch, step), mesh)
     except DoesNotFit as error:
         raise DoesNotFit(f"{error}\n{as_table(found)}") from None
     return found
 
 
-def exchange(config: ml_collections.ConfigDict, program: train.Program, mesh: Mesh) -> jax.stages.Wrapped:
+def exchange(config: ml_collections.ConfigDict, made: program.Program, mesh: Mesh) -> jax.stages.Wrapped:
     """One round of the config's algorithm and nothing else: its optimizer adds what it is given."""
-    assert program.specs is not None
-    specs = program.specs.params
-    algorithm = make_algorithm(config.algorithm, optax.identity(), config.num_workers, program.shapes.params, specs)
+    assert made.specs is not None
+    specs = made.specs.params
+    algorithm = make_algorithm(config.algorithm, optax.identity(), config.num_workers, made.shapes.params, specs)
 
     def mix(params, step):
         updates = jax.tree.map(lambda x: 0 * x, params)  # which the compiler cannot fold away, as it does zeros

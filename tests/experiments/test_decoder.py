@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from experiments import data, models, train
+from experiments import data, models, program, train
 from experiments.algorithms import make_optimizer
 from experiments.configs import decoder as small
 from experiments.configs import decoder_1b as large
@@ -217,11 +217,11 @@ def test_models_that_do_not_say_have_no_annotations(name):
 def test_workers_split_as_annotated_are_workers_under_vmap():
     graphdef, params, state = tiny()
     algorithm, workers = cj.allreduce_sgd(optax.sgd(0.1)), 2
-    apply = train.make_apply(graphdef, data.describe("text", sequence=SEQUENCE))
+    apply = program.make_apply(graphdef, data.describe("text", sequence=SEQUENCE))
     rng = np.random.default_rng(0)
     image = rng.integers(0, VOCABULARY, (workers, 4, SEQUENCE), np.uint8)
     batch = {"image": image, "label": rng.integers(0, VOCABULARY, image.shape, np.int32)}
-    step = partial(train_step, loss_fn=partial(train.loss_fn, apply), algorithm=algorithm, seed=0)
+    step = partial(train_step, loss_fn=partial(program.loss_fn, apply), algorithm=algorithm, seed=0)
     mesh = Mesh(
         np.array(jax.devices()[:8]).reshape(workers, 2, 2),
         ("worker", "fsdp", "tensor"),
@@ -412,9 +412,9 @@ def test_evaluation_counts_every_byte_of_the_rows_that_count(texts):
 
 def test_the_loss_of_text_is_the_mean_over_all_bytes_and_they_are_not_normalised():
     graphdef, params, state = tiny()
-    apply = train.make_apply(graphdef, data.describe("text"))
+    apply = program.make_apply(graphdef, data.describe("text"))
     label = (TOKENS.astype(np.int32) + 3) % VOCABULARY
-    loss_fn = jax.jit(partial(train.loss_fn, apply))
+    loss_fn = jax.jit(partial(program.loss_fn, apply))
     loss, (_, metrics) = loss_fn(params, state, {"image": TOKENS, "label": label}, jax.random.key(0))
     y = np.stack([in_numpy(params, row) for row in TOKENS])
     losses = np.log(np.exp(y).sum(-1)) - np.take_along_axis(y, label[..., None], -1)[..., 0]

@@ -15,6 +15,7 @@ import pytest
 from experiments import processes, train
 from experiments.configs import fashion_mnist
 from experiments.launch import local
+from experiments.program import fingerprint, make_program
 
 FLAGS = [
     "--config.num_workers=8",
@@ -157,8 +158,8 @@ def test_the_digests_tell_pools_tables_and_data_apart(data_dir):
         config.update_from_flattened_dict({"dataset.data_dir": str(data_dir), "model.name": "mlp", **changes})
         config.model.options = {"hidden": (8,)}
         dataset = train.data.load("fashion_mnist", config.dataset.eval_split, data_dir=data_dir)
-        program = train.make_program(config, dataset, config.num_workers, 10)
-        return train.fingerprint(config, program, dataset)
+        program = make_program(config, dataset, config.num_workers, 10)
+        return fingerprint(config, program, dataset)
 
     same = found()
     assert found() == same

@@ -12,8 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from crossover_jax.compiled import traffic
-from experiments import data, train
+from experiments import data
 from experiments.configs import decoder
+from experiments.evaluate import make_evaluate
+from experiments.program import make_program, place_workers
 
 WORKERS, BATCH, STEPS = 4, 16, 3
 INSIDE = {"data": (1, 1), "fsdp": (4, 1), "tensor": (1, 4), "both": (2, 2), "all": (2, 1)}  # the rest is data parallel
@@ -30,9 +32,9 @@ def make(algorithm, fsdp=1, tensor=1, *, devices=WORKERS):
     config.inner.fsdp, config.inner.tensor = fsdp, tensor
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.1
     config.model.options.update({"num_layers": 2, "width": 64, "num_heads": 4, "mlp_width": 128})
-    mesh = train.place_workers(config, jax.devices()[:devices])
+    mesh = place_workers(config, jax.devices()[:devices])
     dataset = data.describe("text", sequence=16)
-    return train.make_program(config, dataset, mesh, 10), mesh
+    return make_program(config, dataset, mesh, 10), mesh
 
 
 def batches():
@@ -100,8 +102,6 @@ def test_what_cannot_be_sharded_as_asked_is_one_sentence():
 
 
 def test_evaluation_of_sharded_workers_is_that_of_whole_ones():
-    from experiments.evaluate import make_evaluate
-
     rng = np.random.default_rng(1)
     text = rng.integers(0, 256, (3, 64, 17))
     rows = [

@@ -16,8 +16,8 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import crossover_jax as cj
-from experiments import data, models, report, train
-from experiments.algorithms import ALGORITHMS
+from experiments import data, models, processes, program, report, train
+from experiments.algorithms import ALGORITHMS, make_optimizer
 from experiments.configs import fashion_mnist
 from experiments.data.convert import read_tfrecord
 from experiments.step import Diverged
@@ -205,13 +205,13 @@ def test_a_step_is_waited_for_while_the_next_runs_and_metrics_are_read_for_rows_
 
             return run
 
-    make_train_step, fetch, wait = train.make_train_step, train.fetch, jax.block_until_ready
+    make_train_step, fetch, wait = program.make_train_step, train.fetch, jax.block_until_ready
 
     def waited(x):
         events.extend(("wait", i) for i, metrics in enumerate(made, 1) if any(metrics is y for y in x))
         return wait(x)
 
-    monkeypatch.setattr(train, "make_train_step", lambda *a, **k: Recorded(make_train_step(*a, **k)))
+    monkeypatch.setattr(program, "make_train_step", lambda *a, **k: Recorded(make_train_step(*a, **k)))
     monkeypatch.setattr(train, "fetch", lambda first, m: events.append(("read", first, len(m))) or fetch(first, m))
     monkeypatch.setattr(jax, "block_until_ready", waited)
     train.train(changed(config, log_every=2), tmp_path)
@@ -219,8 +219,8 @@ def test_a_step_is_waited_for_while_the_next_runs_and_metrics_are_read_for_rows_
 
 
 def test_a_hidden_transfer_in_the_loop_is_an_error(config, tmp_path, monkeypatch):
-    part, place_batch, _ = train.placements(N)
-    monkeypatch.setattr(train, "placements", lambda where: (part, place_batch, lambda step: step))
+    part, place_batch, _ = program.placements(N)
+    monkeypatch.setattr(program, "placements", lambda where: (part, place_batch, lambda step: step))
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train.train(config, tmp_path)
 
@@ -316,13 +316,13 @@ def test_a_gradient_that_is_nan_stops_the_run_though_the_loss_is_finite(config, 
     def _(primals, tangents):
         return primals[0], tangents[0] * jnp.where(jax.lax.axis_index("worker") == 3, jnp.nan, 1)
 
-    loss_fn = train.loss_fn
+    loss_fn = program.loss_fn
 
     def with_steep_loss(*args):
         loss, aux = loss_fn(*args)
         return steep(loss), aux
 
-    monkeypatch.setattr(train, "loss_fn", with_steep_loss)
+    monkeypatch.setattr(program, "loss_fn", with_steep_loss)
     with pytest.raises(Diverged, match=r"^grad_norm of worker 3 is nan at step 1 "):
         train.train(changed(config, algorithm__name="local_sgd"), tmp_path)
 
@@ -512,7 +512,7 @@ def test_a_mistake_is_a_sentence_and_a_bug_a_traceback(raised, expected, tmp_pat
 def test_warm_up_rises_evenly_and_the_last_step_still_learns(config):
     plain = dict(learning_rate=0.1, warmup=0.3, momentum=0.0, weight_decay=0.0)
     config.optimizer.update(plain)
-    optimizer = train.make_optimizer(config.optimizer, 10)
+    optimizer = make_optimizer(config.optimizer, 10)
     params = {"b": jnp.zeros(1)}
     state, rates = optimizer.init(params), []
     for _ in range(10):
@@ -528,6 +528,6 @@ def test_curves_are_drawn_of_rows_without_evaluation(tmp_path):
     check_picture(tmp_path / "curves.png")
 
 
-@pytest.mark.parametrize("module", [train, report])
+@pytest.mark.parametrize("module", [train, report, program, processes])
 def test_examples_in_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
