@@ -317,17 +317,30 @@ def _result_bytes(sizes: list[int], found: re.Match, group_size: int) -> float:
 
 
 def replica_groups(line: str, num_devices: int) -> list[list[int]]:
-    """The groups of a collective, written as lists or as an iota that is reshaped, transposed and reshaped.
+    """The groups of a collective, written as lists, as axes of a mesh, or as a reshaped, transposed and reshaped iota.
+
+    Raises `ValueError` for what is written otherwise: all devices in one group would be a guess.
 
     >>> replica_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4)
     [[0, 2], [1, 3]]
+    >>> replica_groups("replica_groups=mesh['worker'=2,'data'=2] {'worker'}, use_global_device_ids=true", 4)
+    [[0, 2], [1, 3]]
     """
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}:]*)\}(?:,|$)", line):  # since JAX 0.12
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        together = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", found[2])]
+        apart = [i for i in range(len(sizes)) if i not in together]
+        iota = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        size = math.prod(iota.shape[i] for i in together)
+        return iota.transpose([*apart, *together]).reshape(-1, size).tolist()
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         shape, source, order = ([int(x) for x in (part or "").split(",") if x] for part in found.groups())
         iota = np.arange(math.prod(source)).reshape(source)
         return (iota.transpose(order) if order else iota).reshape(shape).tolist()
     if found := re.search(r"replica_groups=\{(\{.*?\})\}", line):
         return [[int(x) for x in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    if "replica_groups=" in line and "replica_groups={}" not in line:
+        raise ValueError(f"`replica_groups` cannot be read from {line.partition('replica_groups=')[2][:80]!r}.")
     return [list(range(num_devices))]
 
 
