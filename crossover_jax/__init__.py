@@ -26,6 +26,10 @@ from crossover_jax.presets import crossover_sgd_phases as crossover_sgd_phases
 from crossover_jax.presets import d_psgd as d_psgd
 from crossover_jax.presets import local_sgd as local_sgd
 from crossover_jax.presets import sgp as sgp
+from crossover_jax.resize import average_matrix as average_matrix
+from crossover_jax.resize import check_counters as check_counters
+from crossover_jax.resize import overlap_matrix as overlap_matrix
+from crossover_jax.resize import resize as resize
 from crossover_jax.specs import fsdp_specs as fsdp_specs
 from crossover_jax.specs import on_mesh as on_mesh
 from crossover_jax.specs import state_specs as state_specs
@@ -45,6 +49,7 @@ from crossover_jax.topology import sample as sample
 from crossover_jax.topology import shuffle as shuffle
 from crossover_jax.topology import stream as stream
 from crossover_jax.topology import symmetric as symmetric
+from crossover_jax.workers import abstract_copies as abstract_copies
 from crossover_jax.workers import copies as copies
 from crossover_jax.workers import from_local as from_local
 from crossover_jax.workers import local_part as local_part

@@ -50,7 +50,7 @@ def crossover_sgd(
     >>> algorithm = crossover_sgd(optax.sgd(0.1, momentum=0.9), num_workers=8)
     >>> state = algorithm.init({"w": jnp.zeros(100)})
     """
-    pool = latin(num_workers, _pool_size(num_workers, cut), seed) if pool is None else pool
+    pool = latin(num_workers, pool_size(num_workers, cut), seed) if pool is None else pool
     if pool.num_workers != num_workers:
         raise ValueError(f"`pool` must be for `num_workers` = {num_workers} workers, got one for {pool.num_workers}.")
     cut = by_size(pool.num_rounds) if cut is None else cut
@@ -172,7 +172,7 @@ def local_sgd(optimizer: Optimizer, local_steps: int = 1, *, axis: str = "worker
     return mix_after(optimizer, every(local_steps, average(axis, specs=specs), axis))
 
 
-def _pool_size(num_workers: int, cut: Cut | None) -> int:
+def pool_size(num_workers: int, cut: Cut | None = None) -> int:
     """P >= 2 log2 n, where one more shift hardly contracts faster, and no more shifts than there are.
 
     Of a given cut into equal segments, P is a divisor: otherwise the table would not compile to channels.

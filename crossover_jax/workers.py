@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -108,17 +109,43 @@ def copies(
     >>> copies(lambda: {"w": jnp.ones(3)}, 4)["w"].shape
     (4, 3)
     """
-    num_workers = math.prod(_sizes(where, axis))
-
-    def stack(tree):
-        return jax.tree.map(lambda x: jnp.broadcast_to(_strong(x), (num_workers, *jnp.shape(x))), tree)
-
+    stack = partial(_stacked, num_workers=math.prod(_sizes(where, axis)))
     shardings = None if not isinstance(where, Mesh) else _shardings(where, specs, axis)
     if callable(tree):
         return jax.jit(lambda: stack(tree()), out_shardings=shardings)()
     if isinstance(where, Mesh):
         tree = jax.device_put(tree, NamedSharding(where, P()))  # it may be committed to one device
     return jax.jit(stack, out_shardings=shardings)(tree)
+
+
+def abstract_copies(
+    tree_or_function: PyTree | Callable[[], PyTree],
+    where: Mesh | int | tuple[int, ...],
+    *,
+    specs: PyTree = None,
+    axis: Axis = "worker",
+) -> PyTree:
+    """Shapes `[workers, ...]`, dtypes and shardings of what `copies` would return, for restoring it in place.
+
+    Nothing is computed. The tree may hold arrays or their shapes, or be a function that makes it; simulated workers
+    lie on the default device.
+
+    >>> abstract_copies({"w": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}, 4)["w"].shape
+    (4, 3)
+    """
+    stack = partial(_stacked, num_workers=math.prod(_sizes(where, axis)))
+    make = tree_or_function
+    shapes = jax.eval_shape(lambda: stack(make())) if callable(make) else jax.eval_shape(stack, make)
+    shardings = _shardings(where, specs, axis) if isinstance(where, Mesh) else jnp.zeros(()).sharding
+
+    def placed(sharding, below):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), below)
+
+    return jax.tree.map(placed, shardings, shapes)
+
+
+def _stacked(tree: PyTree, num_workers: int) -> PyTree:
+    return jax.tree.map(lambda x: jnp.broadcast_to(_strong(x), (num_workers, *jnp.shape(x))), tree)
 
 
 def local_part(

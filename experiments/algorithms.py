@@ -9,19 +9,28 @@ import ml_collections
 import optax
 
 import crossover_jax as cj
+from crossover_jax.presets import pool_size
 from experiments import models
 
 PyTree = Any
 
 
+def make_cut(c: ml_collections.ConfigDict, num_workers: int, params: PyTree) -> cj.Cut | None:
+    """How the algorithm of `config.algorithm` divides the model; None if it does not."""
+    if c.name == "crossover":
+        return cj.by_size(c.segments or c.pool_size or pool_size(num_workers))
+    if c.name == "crossover_phases":
+        return cj.by_size(cj.exponential(num_workers).num_rounds)
+    return cj.by_module(params, models.fine) if c.name in ("crossover_paper", "crossover_no_balance") else None
+
+
 def _crossover(c, optimizer, n, params, specs):
     """As recommended: `latin`, `shuffle`, `by_size`; 0 `segments` or `pool_size` choose by the number of workers."""
-    pool = cj.latin(n, c.pool_size, c.seed) if c.pool_size else None
     return cj.crossover_sgd(
         optimizer,
         n,
-        pool=pool,
-        cut=cj.by_size(c.segments) if c.segments else None,
+        pool=cj.latin(n, c.pool_size, c.seed) if c.pool_size else None,
+        cut=make_cut(c, n, params),
         during=c.during,
         local_steps=c.local_steps,
         seed=c.seed,
@@ -29,12 +38,11 @@ def _crossover(c, optimizer, n, params, specs):
     )
 
 
-def _paper(cut: bool, load_balanced: bool):
+def _paper(load_balanced: bool):
     def make(c, optimizer, n, params, specs):
-        segments = cj.by_module(params, models.fine) if cut else cj.whole()
-        size = c.pool_size or 8
+        cut, size = make_cut(c, n, params) or cj.whole(), c.pool_size or 8
         return cj.crossover_sgd_paper(
-            optimizer, n, segments, pool_size=size, load_balanced=load_balanced, seed=c.seed, specs=specs
+            optimizer, n, cut, pool_size=size, load_balanced=load_balanced, seed=c.seed, specs=specs
         )
 
     return make
@@ -53,10 +61,10 @@ ALGORITHMS: dict[str, Callable[[ml_collections.ConfigDict, Any, int, PyTree, PyT
     "sgp": lambda c, optimizer, n, params, specs: cj.sgp(optimizer, n, peers=c.peers, specs=specs),
     "crossover": _crossover,
     "crossover_phases": _phases,
-    "crossover_paper": _paper(cut=True, load_balanced=True),
-    "crossover_no_balance": _paper(cut=True, load_balanced=False),
-    "crossover_no_segments": _paper(cut=False, load_balanced=True),
-    "crossover_neither": _paper(cut=False, load_balanced=False),
+    "crossover_paper": _paper(load_balanced=True),
+    "crossover_no_balance": _paper(load_balanced=False),
+    "crossover_no_segments": _paper(load_balanced=True),
+    "crossover_neither": _paper(load_balanced=False),
 }
 
 

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import pathlib
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -21,6 +23,9 @@ LOG.setLevel(logging.INFO)
 LOG.propagate = False  # `say` prints what is for the terminal
 REPORT_BYTES = 16384  # of each process, gathered once: all must send equally many
 SOURCES = [pathlib.Path(__file__).resolve().parents[1] / part for part in ("crossover_jax", "experiments")]
+
+
+PREEMPTED = 75  # exit code, EX_TEMPFAIL: start the same command again
 
 
 class Disagreement(Exception):
@@ -131,6 +136,50 @@ def agreement() -> Iterator[dict[str, Any]]:
         raise
     if jax.process_count() > 1 and (message := differences(_gather(fields))):
         raise Disagreement(message)
+
+
+def failures(error: Exception | None) -> str:
+    """What went wrong on any process, the same on all of them, who wait for each other here; empty if nothing did."""
+    fields = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
+    reports = _gather(fields)
+    return "; ".join(
+        report["error"] if len(reports) == 1 else f"process {i}: {report['error']}"
+        for i, report in enumerate(reports)
+        if "error" in report
+    )
+
+
+class Preemption:
+    """While it is entered, SIGTERM asks all processes to end at one step boundary; a second one ends at once.
+
+    Of many processes JAX's coordination service takes the signal, from the first one on, and agrees on the step: there
+    a second signal ends at once only after that.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __enter__(self) -> "Preemption":
+        self._is_main = threading.current_thread() is threading.main_thread()
+        self._before = signal.getsignal(signal.SIGTERM)
+        if self._is_main and jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_main and jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def reached(self, step: int) -> bool:
+        """Whether the run is to end after `step`; True on all processes for the same one."""
+        if jax.process_count() > 1 and not self._asked and multihost_utils.reached_preemption_sync_point(step):
+            self._asked = True
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return self._asked
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def differences(reports: Sequence[dict[str, str]]) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from crossover_jax.compiled import wire_bytes
+from crossover_jax.cuts import Cut, flatten
 from experiments import data, models, processes
-from experiments.algorithms import ALGORITHMS, make_algorithm, make_optimizer, require_known
+from experiments.algorithms import ALGORITHMS, make_algorithm, make_cut, make_optimizer, require_known
 from experiments.evaluate import batch_axes
 from experiments.step import TrainState, init_state, make_train_step
 
@@ -31,6 +33,7 @@ class Program(NamedTuple):
 
     algorithm: cj.Algorithm
     apply: Callable
+    leaves: list[str]  # of a gradient: its parameters by name, with the segments they are in
     init: Callable[[], TrainState]  # one worker's first state
     shapes: TrainState  # of one worker's state
     specs: TrainState | None  # how it lies inside a worker; None where workers are simulated
@@ -70,7 +73,31 @@ def make_program(
     step = make_train_step(
         partial(loss_fn, apply), algorithm, where, seed=config.seed, micro_batches=config.micro_batches, specs=specs
     )
-    return Program(algorithm, apply, lambda: init_state(*build(), algorithm), shapes, specs, step, *placements(where))
+    cut = make_cut(config.algorithm, config.num_workers, params)
+    if cut is not None and cut.is_equal and not isinstance(where, int) and where.size > config.num_workers:
+        cut = None  # each device cuts its own part
+    leaves = describe_leaves(params, cut)
+    init = lambda: init_state(*build(), algorithm)  # noqa: E731
+    return Program(algorithm, apply, leaves, init, shapes, specs, step, *placements(where))
+
+
+def describe_leaves(params: PyTree, cut: Cut | None) -> list[str]:
+    """The parameters by name, each with the segments it is in.
+
+    >>> describe_leaves({"b": np.zeros(2), "w": np.zeros(4)}, cj.by_size(3))
+    ['b (segment 0 of 3)', 'w (segments 1 to 2 of 3)']
+    """
+    names, leaves, _ = flatten(params)
+    if cut is None:
+        return names
+    for packing in cut.packings(names, leaves):
+        ends = np.cumsum([math.prod(leaves[i].shape) for i in packing.leaves])
+        for i, end in zip(packing.leaves, ends, strict=True):
+            inside = [end - math.prod(leaves[i].shape), max(end - 1, 0)]
+            first, last = np.searchsorted(packing.bounds[1:-1], inside, side="right")
+            which = f"segment {first}" if first == last else f"segments {first} to {last}"
+            names[i] += f" ({which} of {cut.num_segments})"
+    return names
 
 
 def param_specs(
@@ -89,14 +116,25 @@ def param_specs(
 
 
 def train_batches(
-    config: ml_collections.ConfigDict, dataset: data.Dataset, part: Callable[[tuple[int, int]], tuple[slice, slice]]
+    config: ml_collections.ConfigDict,
+    dataset: data.Dataset,
+    part: Callable[[tuple[int, int]], tuple[slice, slice]],
+    start_step: int = 0,
+    rollbacks: int = 0,
 ) -> Iterator[PyTree]:
-    """This process's part of each batch, as numpy arrays `[local workers, local examples of each, ...]`."""
+    """This process's part of each batch, as numpy arrays `[local workers, local examples of each, ...]`.
+
+    After `rollbacks` from a loss that was not finite the examples come in another order.
+    """
+    seed = config.seed
+    if rollbacks:
+        seed = int(np.random.SeedSequence((config.seed, rollbacks)).generate_state(1)[0])
     return data.train_batches(
         dataset,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
-        seed=config.seed,
+        seed=seed,
+        start_step=start_step,
         augment=config.dataset.augment,
         part=part((config.num_workers, config.batch_size // config.num_workers)),
     )
@@ -105,8 +143,25 @@ def train_batches(
 def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Config, code and versions, by the names a person would look for; data may lie elsewhere on every host."""
     own = {f"config.{key}": value for key, value in flat_settings(config).items() if key != "dataset.data_dir"}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return {**own, "code": processes.code_version(), **versions}
+    return {**own, **versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of the code and of what computes."""
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {"code": processes.code_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def device_counts() -> str:
+    """How many devices each process has, and of which kind.
+
+    >>> device_counts()
+    '64 cpu'
+    """
+    counts = [0] * jax.process_count()
+    for device in jax.devices():
+        counts[device.process_index] += 1
+    return f"{', '.join(map(str, counts))} {jax.devices()[0].platform}"
 
 
 def fingerprint(config: ml_collections.ConfigDict, program: Program, *datasets: data.Dataset) -> dict[str, Any]:
@@ -156,6 +211,10 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         "eval_every": (config.eval_every > 0, "positive"),
         "eval_batch_size": (config.eval_batch_size >= 1, "at least 1"),
         "algorithm.local_steps": (config.algorithm.local_steps >= 1, "at least 1"),
+        "checkpoint.every": (config.checkpoint.every >= 0, "at least 0"),
+        "checkpoint.keep": (config.checkpoint.keep >= 1, "at least 1"),
+        "on_nan": (config.on_nan in ("stop", "rollback"), "'stop' or 'rollback'"),
+        "max_rollbacks": (config.max_rollbacks >= 0, "at least 0"),
         "optimizer.warmup": (0 <= config.optimizer.warmup <= 1, "from 0 to 1"),
         "inner.fsdp": (config.inner.fsdp >= 1, "at least 1"),
         "inner.tensor": (config.inner.tensor >= 1, "at least 1"),

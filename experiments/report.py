@@ -1,9 +1,12 @@
 """What a run shows and leaves behind: a progress bar, `metrics.jsonl`, TensorBoard events, `curves.png` and a table."""
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,27 +14,61 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from experiments import processes
+
 Row = dict[str, Any]
+METRICS = "metrics.jsonl"
 
 
-def new_workdir(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder, made if it is missing. Raises `ValueError` if it cannot be written or holds the metrics of a run."""
+def open_workdir(path: str | pathlib.Path) -> pathlib.Path:
+    """The folder, made if it is missing. Raises `ValueError` if it cannot be written."""
     workdir = pathlib.Path(path).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "metrics.jsonl").touch()
+        (workdir / METRICS).touch()
     except OSError as error:
         raise ValueError(f"`workdir` must be a folder that can be written, got {path}: {error.strerror}.") from None
-    if (workdir / "metrics.jsonl").stat().st_size:
-        raise ValueError(f"`workdir` must not hold the metrics.jsonl of an earlier run, got {path}: name another one.")
     return workdir
+
+
+def require_no_rows(workdir: pathlib.Path) -> None:
+    """Raise `ValueError` if there are metrics of a run that cannot be resumed."""
+    if (workdir / METRICS).stat().st_size:
+        raise ValueError(
+            f"`workdir` must not hold the {METRICS} of a run without checkpoints, got {workdir}: name another one."
+        )
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Hold `workdir` for this process; the system lets go of it however the process ends. Raises `ValueError`."""
+    with open(workdir / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"`workdir` must be of one run at a time, got {workdir} where another runs.") from None
+        except OSError as error:  # a file system without locks
+            processes.say(f"WARNING: two runs on {workdir} would not notice each other: {error.strerror}")
+        yield
+
+
+def read_rows(workdir: pathlib.Path, last_step: int) -> list[Row]:
+    """The rows up to `last_step`; a line that a dying process left unfinished is none."""
+    rows = []
+    for line in (workdir / METRICS).read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            if (rows[-1]["step"] if rows else 0) < row["step"] <= last_step:
+                rows.append(row)
+    return rows
 
 
 class Log:
     """The progress bar, and rows of metrics, written as soon as they are known; without a `workdir` only collected.
 
     `train/loss` and `train/accuracy` are means over the steps and workers since the row before, and
-    `examples_per_second` is measured from row to row, without the evaluations between them.
+    `examples_per_second` is measured from row to row, without the evaluations between them. With the `state` of an
+    earlier run it goes on where that was, behind the rows up to `first_step`.
     """
 
     def __init__(
@@ -43,32 +80,57 @@ class Log:
         batch_size: int,
         steps_per_epoch: float,
         wire_bytes_per_step: float,
+        first_step: int = 0,
+        state: dict[str, Any] | None = None,
     ):
-        self.rows: list[Row] = []
+        self.rows: list[Row] = [] if workdir is None else read_rows(workdir, first_step)
         self.seconds = {"training": 0.0, "evaluation": 0.0}
+        self._means: dict[str, list[float]] = {"loss": [], "accuracy": []}  # of each step since the last row
+        if state is not None:
+            self.seconds |= state["seconds"]
+            self._means = {name: list(values) for name, values in state["means"].items()}
+        self._steps = 0  # since the last lap
         self._workdir, self._title = workdir, title
         self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
         self._wire_bytes = wire_bytes_per_step
         if workdir is not None:
-            self._file = open(workdir / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115 (closed by close)
-            self._events = SummaryWriter(str(workdir))
-        self._bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, mininterval=1.0, disable=workdir is None)
+            rewrite(workdir / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._events = SummaryWriter(str(workdir), purge_step=first_step + 1 if first_step else None)
+        self._unwritten = ""
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+            disable=workdir is None,
+        )
         self._last = time.perf_counter()
 
     def tick(self) -> None:
         """Count a step."""
         self._bar.update()
 
-    def row(self, step: int, metrics: dict[str, np.ndarray], evaluate: Callable[[], Row] | None = None) -> None:
-        """Write a row after `step` from the metrics of the steps since the row before, `[steps, workers]`."""
+    def add(self, metrics: dict[str, np.ndarray]) -> None:
+        """Take the metrics of the steps since the last time, `[steps, workers]`, into the next row."""
+        self._steps += len(metrics["loss"])
+        for name, means in self._means.items():
+            means.extend(metrics[name].mean(1, dtype=np.float64).tolist())
+
+    def state(self) -> dict[str, Any]:
+        """What the next row needs of the steps so far, for JSON."""
+        return {"means": {name: list(means) for name, means in self._means.items()}, "seconds": dict(self.seconds)}
+
+    def row(self, step: int, evaluate: Callable[[], Row] | None = None) -> Row:
+        """Write a row after `step` from what was added since the row before."""
         row = {
             "step": step,
             "epoch": step / self._steps_per_epoch,
-            "train/loss": metrics["loss"].mean(dtype=np.float64).item(),
-            "train/accuracy": metrics["accuracy"].mean(dtype=np.float64).item(),
-            "examples_per_second": len(metrics["loss"]) * self._batch_size / self._lap("training"),
+            **{f"train/{name}": float(np.mean(means)) for name, means in self._means.items()},
+            "examples_per_second": self._steps * self._batch_size / self._lap("training"),
             "wire_bytes_per_step": self._wire_bytes,
         }
+        self._means = {name: [] for name in self._means}
         self._bar.set_postfix(
             loss=f"{row['train/loss']:.3f}",
             accuracy=f"{row['train/accuracy']:.3f}",
@@ -79,30 +141,63 @@ class Log:
             self._lap("evaluation")
         self.rows.append(row)
         if self._workdir is not None:
-            self._write(row)
+            self._write(row, self._workdir / METRICS)
+        return row
 
     def close(self) -> None:
         """End the files and draw the curves of what there is; also for a run that was stopped."""
         self._bar.close()
         if self._workdir is None:
             return
-        self._file.close()
         self._events.close()
         if self.rows:
-            draw_curves(self.rows, self._workdir / "curves.png", self._title)
+            with saying("curves.png"):
+                draw_curves(self.rows, self._workdir / "curves.png", self._title)
 
     def _lap(self, what: str) -> float:
         now = time.perf_counter()
-        lap, self._last = now - self._last, now
+        lap, self._last, self._steps = now - self._last, now, 0
         self.seconds[what] += lap
         return lap
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: Row, path: pathlib.Path) -> None:
         if "consensus_distance" in row:
             self._bar.write(_summary(row))
-        self._file.write(json.dumps(row) + "\n")
+        self._unwritten += json.dumps(row) + "\n"
+        with saying(METRICS):
+            append(path, self._unwritten)
+            self._unwritten = ""  # else of a full disk: with the next row
         for name in row.keys() - {"step"}:
             self._events.add_scalar(name, row[name], row["step"])
+
+
+@contextlib.contextmanager
+def saying(what: str) -> Iterator[None]:
+    """A file that cannot be written is said, and the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        processes.say(f"WARNING: {what} could not be written, the run goes on: {error.strerror}")
+
+
+def append(path: pathlib.Path, text: str) -> None:
+    """Add to a file all or nothing, on the disk when it returns: a checkpoint must not be newer than its rows."""
+    size = path.stat().st_size
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        os.truncate(path, size)
+        raise
+
+
+def rewrite(path: pathlib.Path, text: str) -> None:
+    """Replace a file by another in one step."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def _summary(row: Row) -> str:

@@ -1,6 +1,6 @@
 """One training step of one worker, and the same step for all workers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,7 +62,8 @@ def train_step(
         model_state, (grads, metrics) = one(state.model_state, batch, 0)
     else:
         model_state, (grads, metrics) = _accumulate(one, state.model_state, batch, micro_batches)
-    metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
+    bad = jnp.stack([~jnp.isfinite(optax.tree.norm(leaf)) for leaf in jax.tree.leaves(grads)])
+    metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "bad_leaves": bad.sum(), "first_bad": bad.argmax()}
     params, inner = algorithm.update(grads, state.algorithm, state.params, step)
     return TrainState(params, model_state, inner), metrics
 
@@ -108,10 +109,13 @@ class Diverged(Exception):
     """A metric of some worker is no longer finite."""
 
 
-def fetch(first_step: int, metrics: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
+def fetch(
+    first_step: int, metrics: list[dict[str, jax.Array]], leaves: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
     """Metrics of consecutive steps as numpy arrays `[steps, workers]`, on every process.
 
-    Raises `Diverged`, naming the first step and worker of which one is not finite.
+    Raises `Diverged`, naming the first step and worker of which one is not finite and, with the names of the `leaves`
+    of a gradient, the first of its leaves.
     """
     fetched = processes.fetch(metrics)
     stacked = {name: np.stack([row[name] for row in fetched]) for name in fetched[0]}
@@ -119,8 +123,14 @@ def fetch(first_step: int, metrics: list[dict[str, jax.Array]]) -> dict[str, np.
         for name, values in stacked.items():
             wrong = np.flatnonzero(~np.isfinite(values[i]))
             if wrong.size:
+                worker, where = wrong[0], ""
+                if leaves and (count := stacked["bad_leaves"][i, worker]):
+                    where = (
+                        f"; its gradient is not finite in {count} of {len(leaves)} parameters, first in "
+                        f"{leaves[stacked['first_bad'][i, worker]]}"
+                    )
                 raise Diverged(
-                    f"{name} of worker {wrong[0]} is {values[i, wrong[0]]} at step {first_step + i} ({wrong.size} of "
-                    f"{values.shape[1]} workers): lower `config.optimizer.learning_rate`, or look at the data."
+                    f"{name} of worker {worker} is {values[i, worker]} at step {first_step + i} ({wrong.size} of "
+                    f"{values.shape[1]} workers){where}: lower `config.optimizer.learning_rate`, or look at the data."
                 )
     return stacked

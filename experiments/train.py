@@ -9,9 +9,9 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -21,17 +21,22 @@ from ml_collections import config_flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
 
 import crossover_jax as cj
-from experiments import data, processes, report
+from experiments import checkpoint, data, processes, report
+from experiments.checkpoint import Checkpoints
 from experiments.evaluate import make_evaluate
 from experiments.program import (
+    Program,
     check_settings,
+    device_counts,
     fingerprint,
     make_program,
     place_workers,
     settings,
     train_batches,
+    versions,
     wire_bytes_per_step,
 )
+from experiments.resume import MATRICES, SAME, Resume, Start, first_or_restored, settings_of
 from experiments.step import Diverged, TrainState, fetch
 
 PyTree = Any
@@ -39,7 +44,18 @@ DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs/fashion_mnist.py"
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, f"The experiment, a Python file; default {DEFAULT_CONFIG.name}."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Where metrics, events, curves and logs go.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where metrics, curves, logs and checkpoints go; a run that it holds goes on."
+)
+RESUME_WORKERS = flags.DEFINE_enum(
+    "resume_workers",
+    None,
+    list(MATRICES),
+    "How a run resumes with another number of workers: neighbours averaged or copied, or all from everybody's average.",
+)
+ALLOW_CONFIG_CHANGE = flags.DEFINE_list(
+    "allow_config_change", [], "Keys of the config that may differ from the run in --workdir."
+)
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for many processes started by hand.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
@@ -56,67 +72,173 @@ HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 )
 
 
+class Preempted(Exception):
+    """The run was asked to end, and can be resumed."""
+
+
+class Job(NamedTuple):
+    """What a run needs beside its state."""
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    program: Program
+    step: Callable  # compiled
+    batches: Callable[[int, int], Iterator[PyTree]]  # (first step, rollbacks) ->
+    evaluate: Callable[[int, TrainState], report.Row]
+    num_steps: int
+    steps_per_epoch: float
+    made: dict[str, Any]  # versions, and digests of what the settings made
+
+
 def train(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, devices: Sequence[jax.Device] | None = None
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    resume: Resume = SAME,
 ) -> tuple[TrainState, list[report.Row]]:
     """Run the experiment on `devices` (default: all); the workers' last state and the rows of metrics.
 
-    Raises `ValueError` for settings that do not fit together, `data.DataMissing` and `Diverged`.
+    Where `workdir` has checkpoints of this config, the run goes on behind the newest whole one. Raises `ValueError` for
+    settings that do not fit together or not what the checkpoints were made with, `data.DataMissing`, `Diverged`, and
+    `Preempted` after SIGTERM.
     """
     began = time.perf_counter()
-    with processes.agreement() as fields:  # at once, not after minutes of reading data
-        workdir = report.new_workdir(workdir)
-        processes.log_to(workdir)
-        fields |= settings(config)
-    with processes.agreement() as fields:
-        check_settings(config)
-        where = place_workers(config, jax.devices() if devices is None else devices)
-        sequence = config.dataset.sequence
-        load = partial(data.load, config.dataset.name, data_dir=config.dataset.data_dir, sequence=sequence)
-        train_set, eval_set = load(config.dataset.train_split), load(config.dataset.eval_split)
-        steps_per_epoch = len(train_set) / config.batch_size
-        num_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
-        program = make_program(config, train_set, where, num_steps)
-        fields |= fingerprint(config, program, train_set, eval_set)
+    with contextlib.ExitStack() as stack:
+        with processes.agreement() as fields:  # at once, not after minutes of reading data
+            fields |= settings(config)
+            workdir = report.open_workdir(workdir)
+            if processes.is_first():
+                stack.enter_context(report.locked(workdir))
+            processes.log_to(workdir)
+            fields["checkpoints"] = checkpoint.steps(workdir)
+            if not fields["checkpoints"] or not config.checkpoint.every:
+                report.require_no_rows(workdir)
+        with processes.agreement() as fields:
+            check_settings(config)
+            where = place_workers(config, jax.devices() if devices is None else devices)
+            sequence = config.dataset.sequence
+            load = partial(data.load, config.dataset.name, data_dir=config.dataset.data_dir, sequence=sequence)
+            train_set, eval_set = load(config.dataset.train_split), load(config.dataset.eval_split)
+            steps_per_epoch = len(train_set) / config.batch_size
+            num_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+            program = make_program(config, train_set, where, num_steps)
+            fields |= fingerprint(config, program, train_set, eval_set)
+        made = {**versions(), **fields, "devices of each process": device_counts()}
 
-    # Data, state and step
-    batches = map(program.place_batch, train_batches(config, train_set, program.batch_part))
-    eval_batches = partial(data.eval_batches, eval_set, batch_size=config.eval_batch_size)
-    state = cj.copies(program.init, where, specs=program.specs)
-    cj.check_copies(state)
-    evaluate = make_evaluate(
-        lambda *args: program.apply(*args, train=False)[0], program.algorithm, where, program.specs
-    )
-    first = next(batches)
-    compiled_step = program.step.lower(state, first, program.place_step(0)).compile()
-    setup = time.perf_counter() - began
-    many = f"{jax.process_count()} processes, {jax.device_count()} devices, " if jax.process_count() > 1 else ""
-    processes.say(f"{many}set up in {setup:.0f} s; training {num_steps} steps")
+        def batches(first_step: int, rollbacks: int) -> Iterator[PyTree]:
+            return map(program.place_batch, train_batches(config, train_set, program.batch_part, first_step, rollbacks))
 
-    # Train
+        predict = lambda *args: program.apply(*args, train=False)[0]  # noqa: E731
+        evaluate = make_evaluate(predict, program.algorithm, where, program.specs)
+        eval_batches = partial(data.eval_batches, eval_set, batch_size=config.eval_batch_size)
+        like = cj.abstract_copies(program.shapes, where, specs=program.specs)
+        compiled = program.step.lower(like, next(batches(0, 0)), program.place_step(0)).compile()
+        job = Job(
+            config,
+            workdir,
+            program,
+            compiled,
+            batches,
+            lambda step, state: evaluate(step, state, eval_batches()),
+            num_steps,
+            steps_per_epoch,
+            made,
+        )
+        start_from = partial(first_or_restored, workdir, config, program, train_set, where, made, resume)
+        start, attempt = start_from(), 0
+        if start.step > num_steps:
+            raise ValueError(
+                f"`config.steps` must be at least the {start.step} that the run in `workdir` has behind it, got "
+                f"{num_steps}."
+            )
+        setup = time.perf_counter() - began
+        many = f"{jax.process_count()} processes, {jax.device_count()} devices, " if jax.process_count() > 1 else ""
+        behind = f" behind step {start.step}" if start.step else ""
+        processes.say(f"{many}set up in {setup:.0f} s; training {num_steps - start.step} steps{behind}")
+        while True:
+            try:
+                state, log = run(job, start)
+                break
+            except Diverged as error:
+                attempt = max(attempt, start.rollbacks) + 1
+                if config.on_nan == "stop" or attempt > config.max_rollbacks or not checkpoint.steps(workdir):
+                    raise
+                start = start_from()._replace(rollbacks=attempt)
+                processes.say(f"WARNING: {error}\nrollback {attempt} to step {start.step}, the data in another order")
+
+    if log.rows:  # none on the other processes of a run that had ended
+        processes.say(report.table(results(config, log, setup)))
+    return state, log.rows
+
+
+def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
+    """All steps from `start` on. Raises `Diverged` and, after SIGTERM, `Preempted`."""
+    config, program, workdir = job.config, job.program, job.workdir
     log = report.Log(
         workdir if processes.is_first() else None,
         title=f"{config.algorithm.name}, {config.num_workers} workers, {config.model.name} on {config.dataset.name}",
-        num_steps=num_steps,
+        num_steps=job.num_steps,
         batch_size=config.batch_size,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=job.steps_per_epoch,
         wire_bytes_per_step=wire_bytes_per_step(program.algorithm, program.shapes.params, config),
+        first_step=start.step,
+        state=start.log,
     )
-    with contextlib.closing(log), jax.transfer_guard("disallow"):
-        unread: list[PyTree] = []
-        for step, batch in enumerate(itertools.islice(itertools.chain([first], batches), num_steps), start=1):
-            state, metrics = compiled_step(state, batch, program.place_step(step - 1))
-            # One step late: the device has the next to work on, and no more than two batches wait on it.
-            jax.block_until_ready(unread[-1:])
-            unread.append(metrics)
-            log.tick()
-            evaluates = step == num_steps or is_due(step, config.eval_every * steps_per_epoch)
-            if evaluates or step % config.log_every == 0:
-                values, unread = fetch(step - len(unread) + 1, unread), []
-                log.row(step, values, partial(evaluate, step, state, eval_batches()) if evaluates else None)
+    every, state, best = config.checkpoint.every, start.state, start.best
+    with contextlib.closing(log), jax.transfer_guard("disallow"), processes.Preemption() as preemption:
+        saves = Checkpoints(workdir, config.checkpoint.keep, best and best[0]) if every else None
 
-    processes.say(report.table(results(config, log, setup)))
-    return state, log.rows
+        def save(step: int) -> None:
+            if saves is not None:
+                record = {
+                    "examples": step * config.batch_size,
+                    "rollbacks": start.rollbacks,
+                    "num_workers": config.num_workers,
+                    "config": settings_of(config) | {"data": job.made["data"]},
+                    "made": job.made,
+                    "best": best,
+                    "log": log.state(),
+                }
+                saves.save(step, state, record, is_best=best is not None and best[0] == step)
+
+        with contextlib.closing(saves) if saves is not None else contextlib.nullcontext():
+            if start.step == 0 and saves is not None and saves.last is None:
+                save(0)  # before the first row: metrics without a checkpoint belong to no config
+                saves.wait()
+            unread: list[PyTree] = []
+            batches = itertools.islice(job.batches(start.step, start.rollbacks), job.num_steps - start.step)
+            for step, batch in enumerate(batches, start=start.step + 1):
+                state, metrics = job.step(state, batch, program.place_step(step - 1))
+                # One step late: the device has the next to work on, and no more than two batches wait on it.
+                jax.block_until_ready(unread[-1:])
+                unread.append(metrics)
+                log.tick()
+                ends = preemption.reached(step)
+                evaluates = step == job.num_steps or is_due(step, config.eval_every * job.steps_per_epoch)
+                has_row = evaluates or step % config.log_every == 0
+                is_saved = ends or step == job.num_steps or (every and step % every == 0)
+                if has_row or is_saved:
+                    log.add(fetch(step - len(unread) + 1, unread, program.leaves))
+                    unread = []
+                if has_row:
+                    row = log.row(step, partial(job.evaluate, step, state) if evaluates else None)
+                    if evaluates and (best is None or row["eval/mean/accuracy"] > best[1]):
+                        best, is_saved = (step, row["eval/mean/accuracy"]), True
+                if is_saved:
+                    save(step)
+                if ends and step < job.num_steps:
+                    raise Preempted(f"ended at step {step} of {job.num_steps} by SIGTERM: {left(saves, step)}")
+    return state, log
+
+
+def left(saves: Checkpoints | None, step: int) -> str:
+    """What a run that ends early leaves behind."""
+    if saves is None:
+        return "without checkpoints (`config.checkpoint.every` is 0) nothing of it is left."
+    if saves.wait():
+        return "the same command goes on from there."
+    return f"the same command goes on from step {saves.last}, that of step {step} could not be saved."
 
 
 def is_due(step: int, every: float) -> bool:
@@ -162,7 +284,10 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     try:
-        train(CONFIG.value, WORKDIR.value)
+        train(CONFIG.value, WORKDIR.value, resume=Resume(RESUME_WORKERS.value, ALLOW_CONFIG_CHANGE.value))
+    except Preempted as error:
+        processes.say(str(error))
+        sys.exit(processes.PREEMPTED)  # a regular exit, for which all processes wait
     except (ValueError, data.DataMissing, Diverged, processes.Disagreement) as error:
         logging.debug("", exc_info=True)
         processes.leave(f"error: {error}")

@@ -13,6 +13,7 @@ ALLOWED = {  # what of ours each part of the library may import
     "mixing": {"topology", "cuts", "inner"},
     "algorithms": {"topology", "cuts", "mixing"},
     "presets": {"topology", "cuts", "mixing", "algorithms"},
+    "resize": {"cuts", "algorithms"},
     "workers": {"cuts"},
     "specs": set(),
     "consensus": {"cuts"},

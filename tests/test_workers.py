@@ -157,3 +157,53 @@ def test_two_axes_of_workers_keep_one_leading_axis(where):
     assert cj.copies(np.zeros(3), where, axis=axes).shape == (12, 3)
     with pytest.raises(ValueError, match=r"for each axis of \('worker', 'fast'\), got 12"):
         cj.per_worker(step, 12, axis=axes)
+
+
+BY_FSDP = cj.make_mesh(4, {"fsdp": 2}, devices=jax.devices()[:8])
+TWO_AXES = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("worker", "fast", "fsdp"))
+SPECS = {"w": P(None, "fsdp"), "rest": P()}
+
+
+def mixed_dtypes():
+    rest = {
+        "low": jnp.ones(3, jnp.bfloat16),
+        "count": jnp.int32(3),
+        "key": jax.random.key(1),
+        "weak": 0.5,
+        "none": None,
+    }
+    return {"w": jnp.ones((2, 6)), "rest": rest}
+
+
+@pytest.mark.parametrize("make", [mixed_dtypes, mixed_dtypes(), jax.eval_shape(mixed_dtypes)], ids="fts")
+@pytest.mark.parametrize("specs", [None, SPECS], ids=["whole", "specs"])
+@pytest.mark.parametrize(("where", "axes"), [(8, 1), (MESH, 1), (BY_FSDP, 1), ((2, 4), 2), (TWO_AXES, 2)], ids=str)
+def test_abstract_copies_have_the_shapes_dtypes_and_shardings_of_copies(where, axes, specs, make):
+    axis = "worker" if axes == 1 else ("worker", "fast")
+    specs = None if where is MESH else specs  # it has no axis to shard over
+    made = cj.copies(mixed_dtypes if callable(make) else mixed_dtypes(), where, specs=specs, axis=axis)
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), made)
+    assert cj.abstract_copies(make, where, specs=specs, axis=axis) == expected
+
+
+@pytest.mark.parametrize("where", [BY_FSDP, 4], ids=str)
+def test_a_step_compiled_from_abstract_copies_runs_on_copies(where):
+    specs, tx = P("fsdp"), optax.adam(1e-3)
+    make = lambda: (jnp.ones(16), tx.init(jnp.ones(16)))
+    of_state = (specs, cj.state_specs(jax.eval_shape(make)[1], jnp.ones(16), specs))
+    algorithm = cj.crossover_sgd(tx, 4, specs=specs if where is BY_FSDP else None)
+    step = cj.per_worker(lambda s, t: algorithm.update(s[0], s[1], s[0], t), where, (1,), out_specs=of_state)
+    compiled = step.lower(
+        cj.abstract_copies(make, where, specs=of_state), jax.ShapeDtypeStruct((), jnp.int32)
+    ).compile()
+    state = cj.copies(make, where, specs=of_state)
+    for t in range(2):
+        state = compiled(state, jnp.int32(t))  # it refuses another dtype, shape or sharding
+    assert state[1][0].count.tolist() == [2] * 4
+
+
+def test_abstract_copies_lie_on_the_default_device_and_make_nothing():
+    with jax.default_device(jax.devices()[3]):
+        assert cj.abstract_copies(jnp.ones(3), 4).sharding == cj.copies(lambda: jnp.ones(3), 4).sharding
+    huge = cj.abstract_copies(lambda: jnp.zeros(2**50), MESH)
+    assert huge.shape == (8, 2**50)

@@ -35,4 +35,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 256
     config.eval_batch_size = 256
     config.steps = 20_000
+    config.checkpoint.every = 500  # 12 GB per worker: parameters and Adam's moments
     return config

@@ -57,4 +57,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every = 20  # steps
     config.eval_every = 1.0  # epochs
     config.eval_batch_size = 1024  # on a mesh, a multiple of the number of devices
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every = 100  # steps; 0: none, and nothing to resume from
+    config.checkpoint.keep = 2  # the last ones; that of the best averaged model is kept too
+    config.on_nan = "stop"  # or "rollback": to the last checkpoint, the data in another order
+    config.max_rollbacks = 2
     return config

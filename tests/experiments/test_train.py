@@ -42,7 +42,7 @@ def config(data_dir):
     config.dataset.update(small)
     config.model.name, config.model.options = "mlp", {"hidden": (32,)}
     config.batch_size, config.steps, config.log_every, config.eval_batch_size = BATCH, STEPS, 1, 200
-    config.simulate, config.optimizer.learning_rate = "yes", 0.02
+    config.simulate, config.optimizer.learning_rate, config.checkpoint.every = "yes", 0.02, 0
     return config.lock()
 
 
@@ -212,7 +212,7 @@ def test_a_step_is_waited_for_while_the_next_runs_and_metrics_are_read_for_rows_
         return wait(x)
 
     monkeypatch.setattr(program, "make_train_step", lambda *a, **k: Recorded(make_train_step(*a, **k)))
-    monkeypatch.setattr(train, "fetch", lambda first, m: events.append(("read", first, len(m))) or fetch(first, m))
+    monkeypatch.setattr(train, "fetch", lambda first, m, *a: events.append(("read", first, len(m))) or fetch(first, m))
     monkeypatch.setattr(jax, "block_until_ready", waited)
     train.train(changed(config, log_every=2), tmp_path)
     assert events == [("run", 1), ("run", 2), ("wait", 1), ("read", 1, 2), ("run", 3), ("read", 3, 1)]
@@ -355,7 +355,7 @@ def test_an_earlier_run_is_not_written_over(config, tmp_path):
         train.train(changed(config, optimizer__warmup=2.0), tmp_path)
     train.train(changed(config, steps=1), tmp_path)  # what never began is no earlier run
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"`workdir` must not hold the metrics\.jsonl of an earlier run, got .*: name"):
+    with pytest.raises(ValueError, match=r"`workdir` must not hold the metrics\.jsonl of a run without .*: name"):
         train.train(config, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -369,6 +369,10 @@ def test_an_earlier_run_is_not_written_over(config, tmp_path):
         (dict(eval_every=0.0), "`config.eval_every` must be positive, got 0.0"),
         (dict(log_every=0), "`config.log_every` must be at least 1, got 0"),
         (dict(num_workers=0), "`config.num_workers` must be at least 1, got 0"),
+        (dict(checkpoint__every=-1), "`config.checkpoint.every` must be at least 0, got -1"),
+        (dict(checkpoint__keep=0), "`config.checkpoint.keep` must be at least 1, got 0"),
+        (dict(on_nan="go on"), "`config.on_nan` must be 'stop' or 'rollback', got 'go on'"),
+        (dict(max_rollbacks=-1), "`config.max_rollbacks` must be at least 0, got -1"),
         (dict(micro_batches=0), "`config.micro_batches` must be at least 1, got 0"),
         (dict(micro_batches=3), "`micro_batches` must divide each worker's batch of 8, got 3"),
         (dict(batch_size=60), "`batch_size` must be a multiple of `num_workers`, got 60 and 8; .* 56 or 64"),
@@ -497,7 +501,7 @@ def test_a_config_that_cannot_be_loaded_is_one_line(source, message, tmp_path):
 def test_a_mistake_is_a_sentence_and_a_bug_a_traceback(raised, expected, tmp_path, monkeypatch):
     train.parse_flags(["train.py", f"--workdir={tmp_path}"])
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise raised
 
     monkeypatch.setattr(train, "train", fail)

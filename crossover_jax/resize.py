@@ -1,0 +1,166 @@
+"""The state of n workers on m: a run goes on with another number of workers than it was saved with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Float64
+
+from crossover_jax.algorithms import PushSumState
+from crossover_jax.cuts import flatten, travels, widened
+
+PyTree = Any
+
+
+def overlap_matrix(n: int, m: int) -> Float64[np.ndarray, "m n"]:
+    """R[j, i] = m·|[j/m, (j+1)/m) ∩ [i/n, (i+1)/n)|: each of m workers is made of those of n that were in its place.
+
+    The identity for n = m; neighbours are averaged where m divides n, and copied where n divides m. Rows sum to 1,
+    columns to m/n, which keeps the mean over workers. Raises `ValueError` for fewer than one worker.
+
+    >>> overlap_matrix(4, 2)
+    array([[0.5, 0.5, 0. , 0. ],
+           [0. , 0. , 0.5, 0.5]])
+    """
+    _check_numbers(n, m)
+    new, old = np.arange(m)[:, None], np.arange(n)  # in units of 1/(n·m) worker j begins at j·n, and was i at i·m
+    return np.maximum(np.minimum((new + 1) * n, (old + 1) * m) - np.maximum(new * n, old * m), 0) / n
+
+
+def average_matrix(n: int, m: int) -> Float64[np.ndarray, "m n"]:
+    """Every entry 1/n: all m workers start from the average of n. Raises `ValueError` for fewer than one worker.
+
+    >>> average_matrix(4, 2)
+    array([[0.25, 0.25, 0.25, 0.25],
+           [0.25, 0.25, 0.25, 0.25]])
+    """
+    _check_numbers(n, m)
+    return np.full((m, n), 1 / n)
+
+
+def _check_numbers(n: int, m: int) -> None:
+    for name, value in (("n", n), ("m", m)):
+        if value < 1:
+            raise ValueError(
+                f"`{name}` must be at least 1 worker, got {value}: pass how many there were, and shall be."
+            )
+
+
+def resize(tree: PyTree, matrix: np.ndarray) -> PyTree:
+    """The state of m workers from that of n: floating-point leaves `[n, ...]` become `matrix @ leaf`, `[m, ...]`.
+
+    `matrix`, `[m, n]` on the host, has rows that sum to 1. Products are taken in float32 at least, as what differs from
+    one worker that the row names: workers that are equal stay equal in every bit, and a row with a single 1 copies its
+    worker's bits. All else (counters, flags, keys) becomes m copies. Push-sum weights `[n, segments, n]` are resized as
+    the values that they divide, `[m, segments, m]`, so that the model is (R x)/(R w).
+
+    Raises `ValueError` for another matrix, for a leaf without the leading axis of n workers, and, by `check_counters`,
+    if the workers' counters differ. Traced values cannot be compared: for a sharded state call `check_counters(state)`,
+    then `jax.jit(partial(resize, matrix=matrix), out_shardings=...)(state)`. Sharded by workers, a device may need room
+    for n models; if it holds a part of the elements of all workers, `PartitionSpec(None, ("worker", "fsdp"))`, for 1-3.
+
+    >>> state = {"w": jnp.arange(4.0), "count": jnp.full(4, 7)}
+    >>> resized = resize(state, overlap_matrix(4, 2))
+    >>> resized["w"].tolist(), resized["count"].tolist()
+    ([0.5, 2.5], [7, 7])
+    """
+    matrix = np.asarray(matrix, np.float64)
+    has_rows = matrix.ndim == 2 and matrix.size > 0
+    if not has_rows or not np.allclose(matrix.sum(1), 1, rtol=0, atol=1e-6):
+        got = f"sums {matrix.sum(1)}" if has_rows else f"shape {matrix.shape}"
+        raise ValueError(f"`matrix` must be [m, n] with rows that sum to 1, got {got}: make it by `overlap_matrix`.")
+    names, leaves, _ = flatten(tree)
+    for name, leaf in zip(names, leaves, strict=True):
+        if np.shape(leaf)[:1] != (matrix.shape[1],):
+            raise ValueError(
+                f"leaf {name!r} must have a leading axis of {matrix.shape[1]} workers, the columns of `matrix`, got "
+                f"shape {np.shape(leaf)}: stack it with `copies`, or make the matrix for as many."
+            )
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        check_counters(tree)
+    largest_first = np.argsort(-np.abs(matrix), axis=1, kind="stable")[:, : (matrix != 0).sum(1).max()]
+    return _resized(tree, largest_first.T, np.take_along_axis(matrix, largest_first, 1).T)
+
+
+@jax.jit
+def _resized(tree: PyTree, sources: jax.Array, shares: jax.Array) -> PyTree:
+    """Worker j becomes Σ_k shares[k, j]·(worker sources[k, j]); the first of them, of any share, is what is left of 1.
+
+    A loop of gathers, where a product of matrices would hold n models on each device and let a worker that diverged
+    spoil all, zero times infinity being no number.
+    """
+
+    def mixed(x):
+        wide = widened(x.dtype)
+        first = x[sources[0]]
+        parts = shares.reshape(*shares.shape, *[1] * (x.ndim - 1)).astype(wide)
+
+        def add(k, total):
+            here, ours = x[sources[k]].astype(wide), first.astype(wide)
+            nothing = (parts[k] == 0) | (here == ours)  # also for equal infinities
+            return total + parts[k] * jnp.where(nothing, 0, here - ours)
+
+        change = lax.fori_loop(1, len(sources), add, jnp.zeros(first.shape, wide))
+        return jnp.where(change == 0, first, (first.astype(wide) + change).astype(x.dtype))  # −0 + 0 would be +0
+
+    def copied(x):
+        return jnp.broadcast_to(x[0], (sources.shape[1], *x.shape[1:]))
+
+    def weights(w):
+        if w.shape[2:] != w.shape[:1]:
+            raise ValueError(f"push-sum weights must be [n, segments, n], got {w.shape}: stack them with `copies`.")
+        return jnp.broadcast_to(mixed(w[0].T).T, (sources.shape[1], w.shape[1], sources.shape[1]))
+
+    return _map(lambda x: mixed(x) if travels(x) else copied(x), weights, tree)
+
+
+def check_counters(tree: PyTree) -> None:
+    """Raise `ValueError` naming leaf and values if what `resize` copies is not equal on all workers.
+
+    That is all that is not floating-point, and push-sum weights. Every leaf has a leading axis of workers; one small
+    array is fetched.
+
+    >>> check_counters({"w": jnp.arange(4.0), "count": jnp.full(4, 7)})
+    """
+    names, leaves, _ = flatten(tree)
+    must_agree = jax.tree.leaves(_map(lambda x: not travels(x), lambda _: True, tree))
+    checked = {name: x for name, x, must in zip(names, leaves, must_agree, strict=True) if must and np.size(x)}
+    if not checked:
+        return
+    wrong, found = _differences(list(checked.values()))
+    if np.any(wrong):
+        leaf = int(np.argmax(wrong))
+        worker, first, other = map(np.asarray, found[leaf])
+        raise ValueError(
+            f"leaf {list(checked)[leaf]!r} must be equal on all workers, got {first} on worker 0 and {other} on worker "
+            f"{worker}: make it equal first, or go on with as many workers as there were."
+        )
+
+
+@jax.jit
+def _differences(leaves: list[jax.Array]) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
+    """For each leaf whether a worker differs from worker 0; the first that does, and the two values."""
+
+    def first(x):
+        x = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        x = x.reshape(len(x), -1)
+        wrong = x != x[:1]
+        i, j = jnp.unravel_index(wrong.argmax(), wrong.shape)
+        return wrong.any(), (i, x[0, j], x[i, j])
+
+    wrong, found = zip(*map(first, leaves), strict=True)
+    return jnp.stack(wrong), list(found)
+
+
+def _map(leaf: Callable[[Any], Any], weights: Callable[[Any], Any], tree: PyTree) -> PyTree:
+    """`jax.tree.map`, with another function for push-sum weights."""
+
+    def one(node):
+        if isinstance(node, PushSumState):
+            return PushSumState(_map(leaf, weights, node.optimizer), weights(node.weights))
+        return leaf(node)
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, PushSumState))

@@ -1,0 +1,293 @@
+"""Checkpoints of a run: its state and its place in one, whole or not at all.
+
+    workdir/checkpoints/<step>/state    every worker's parameters, model state and optimizer, by orbax
+    workdir/checkpoints/<step>/record   JSON: step, examples, config, versions, log, and the checksums of every leaf
+
+A folder gets its name when all of it is written, so an interrupted save leaves none. What was written is not believed
+either: a checkpoint is restored only if every leaf of every worker has the checksum that it had on the devices.
+"""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import absl.logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from crossover_jax.cuts import flatten, travels
+from experiments import processes
+from experiments.step import Diverged
+
+PyTree = Any
+FOLDER = "checkpoints"
+DAMAGED = "damaged"
+FORMAT = 1
+
+
+def _quieten() -> None:
+    """Of one failed write or read orbax and its threads tell ten pages; `Checkpoints` and `Damaged` are their sum."""
+    absl.logging.get_absl_handler().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    for name in ("asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":  # tensorstore's threads, to a save that has failed
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+_quieten()
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was saved."""
+
+
+class _LastAndBest(NamedTuple):
+    """Which checkpoints orbax keeps: the last `keep`, and the one with the best averaged model."""
+
+    keep: int
+    best: list[int]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        last = len(checkpoints) - self.keep
+        return [i >= last or checkpoint.step in self.best for i, checkpoint in enumerate(checkpoints)]
+
+
+class Checkpoints:
+    """Saves in the background; all processes call every method. `keep` counts the last ones, the best is kept too."""
+
+    def __init__(self, workdir: pathlib.Path, keep: int, best: int | None = None):
+        self._folder, self._best = workdir / FOLDER, [] if best is None else [best]
+        self.last = max(steps(workdir), default=None)  # the last that is known to be whole
+        self._saving: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_LastAndBest(keep, self._best),
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # damage to an old one must not end the run
+        )
+        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+
+    def save(self, step: int, state: PyTree, record: dict[str, Any], *, is_best: bool = False) -> None:
+        """Begin to save the state after `step`; it waits for the save before it, and returns once it has a copy.
+
+        What cannot be written is said, and the run goes on. Raises `Diverged` for a state that is not finite.
+        """
+        record = {**record, "format": FORMAT, "step": step, **_inspected(step, state)}
+        record["digest"] = _digest(record)
+        self._wait()
+        if is_best:
+            self._best[:] = [step]
+        item = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
+        try:
+            with jax.transfer_guard("allow"):  # to the host, which is asked for
+                self._manager.save(step, args=item, force=True)
+            self._saving = step
+        except Exception as error:  # of a full disk, tensorstore and orbax raise what they like
+            self._failed(step, error)
+
+    def wait(self) -> bool:
+        """Wait until all is written; whether the last save was."""
+        self._wait()
+        return self._whole
+
+    def close(self) -> None:
+        self._wait()
+        self._manager.close()
+
+    _whole = True
+
+    def _wait(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self.last, self._whole = saving, True
+        except Exception as error:
+            self._failed(saving, error)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self._whole = False
+        kept = "there is no other" if self.last is None else f"the last whole one is of step {self.last}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rsplit(": ", 1)[-1]
+        processes.say(f"WARNING: the checkpoint of step {step} could not be saved, the run goes on; {kept}: {reason}")
+        if processes.is_first():
+            for unfinished in self._folder.glob(f"{step}.*"):
+                shutil.rmtree(unfinished, ignore_errors=True)  # it holds the disk
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of which there are checkpoints, damaged or not; an unfinished one has another name."""
+    folder = workdir / FOLDER
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def read_record(workdir: pathlib.Path, step: int) -> dict[str, Any]:
+    """What was saved beside the state. Raises `Damaged`."""
+    path = workdir / FOLDER / str(step) / "record" / "metadata"
+    try:
+        record = json.loads(path.read_text())
+        found, told = _digest({k: v for k, v in record.items() if k != "digest"}), record["digest"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Damaged(f"its record cannot be read: {type(error).__name__}: {error}") from None
+    if found != told or record["step"] != step:
+        raise Damaged("its record is not as it was written")
+    if record["format"] != FORMAT:
+        raise ValueError(f"the checkpoint of step {step} has format {record['format']}; this code reads {FORMAT}.")
+    return record
+
+
+def restore(workdir: pathlib.Path, record: dict[str, Any], like: PyTree) -> PyTree:
+    """The state of that record, each array where its ShapeDtypeStruct in `like` says.
+
+    Nothing here waits for another process. Raises `Damaged`, naming a leaf and worker that are not what was saved, and
+    `ValueError` if `like` has other leaves than the checkpoint.
+    """
+    names, leaves, _ = flatten(like)
+    wanted = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in zip(names, leaves, strict=True)}
+    saved = {name: leaf["array"] for name, leaf in record["leaves"].items()}
+    if wrong := [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]:
+        name = wrong[0]
+        raise ValueError(
+            f"the checkpoint of step {record['step']} must have the leaves of this config's state, but {len(wrong)} "
+            f"differ: {name} is {_described(saved.get(name))} there and {_described(wanted.get(name))} here."
+        )
+    path = workdir / FOLDER / str(record["step"]) / "state"
+    args = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        with jax.transfer_guard("allow"):
+            state = handler.restore(epath.Path(path.absolute()), args=args)
+    except Exception as error:  # tensorstore's, orbax's, the file system's: whatever is in the way, it is not whole
+        lines = str(error).splitlines() or [""]
+        raise Damaged(f"it cannot be read: {type(error).__name__}: {lines[0][:300]}") from None
+    finally:
+        handler.close()
+    return state
+
+
+def verify(record: dict[str, Any], state: PyTree) -> None:
+    """Compare the checksums of all leaves on all processes' devices. Raises `Damaged`, naming leaf and worker."""
+    of_leaves, of_workers, _ = processes.fetch(_inspect(state))
+    told = np.array([leaf["sums"] for leaf in record["leaves"].values()], np.uint32)
+    if leaves := np.flatnonzero((of_leaves != told).any(-1)).tolist():
+        workers = np.flatnonzero((of_workers != np.array(record["workers"], np.uint32)).any(-1)).tolist()
+        raise Damaged(
+            f"{list(record['leaves'])[leaves[0]]} is not as it was saved ({len(leaves)} of {len(told)} leaves, of "
+            f"{len(workers)} of {len(of_workers)} workers)"
+        )
+
+
+def set_aside(workdir: pathlib.Path, damaged: Sequence[int]) -> None:
+    """Move checkpoints out of the way of those to come; nothing is deleted."""
+    for step in damaged:
+        for i in range(1000):
+            target = workdir / DAMAGED / (f"{step}.{i}" if i else str(step))
+            if not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                (workdir / FOLDER / str(step)).rename(target)
+                break
+
+
+def spread(states: PyTree, where: Mesh | int) -> PyTree:
+    """The shapes `[workers, ...]` of another number of workers, each device with some elements of all of them.
+
+    So they are resized where they lie, in the memory that one state takes; only leaves whose dimensions the number of
+    devices does not divide lie whole on every device.
+    """
+    if isinstance(where, int):
+        return states
+
+    def place(x):
+        axes = [None] * x.ndim
+        if fits := [d for d in range(1, x.ndim) if x.shape[d] and x.shape[d] % where.size == 0]:
+            axes[fits[0]] = where.axis_names
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(where, P(*axes)))
+
+    return jax.tree.map(place, states)
+
+
+def _inspected(step: int, state: PyTree) -> dict[str, Any]:
+    """Shape, dtype and checksum of every leaf by name, and the checksums of every worker."""
+    names, leaves, _ = flatten(state)
+    of_leaves, of_workers, finite = processes.fetch(_inspect(state))
+    for name, workers in zip(names, finite, strict=True):
+        if not workers.all():
+            bad = np.flatnonzero(~workers)
+            raise Diverged(
+                f"{name} of worker {bad[0]} is not finite after step {step} ({bad.size} of {workers.size} workers): "
+                "lower `config.optimizer.learning_rate`, or look at the data."
+            )
+    found = {
+        name: {"array": [list(leaf.shape), str(leaf.dtype)], "sums": sums.tolist()}
+        for name, leaf, sums in zip(names, leaves, of_leaves, strict=True)
+    }
+    return {"leaves": found, "workers": of_workers.tolist()}
+
+
+@jax.jit
+def _inspect(state: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Checksums of leaves `[leaves, 2]` and of workers `[workers, 2]`, and what is finite, `[leaves, workers]`."""
+    leaves = jax.tree.leaves(state)
+    sums = jnp.stack([_checksums(x) for x in leaves])
+    return sums.sum(1, dtype=jnp.uint32), sums.sum(0, dtype=jnp.uint32), jnp.stack([_is_finite(x) for x in leaves])
+
+
+def _is_finite(x: jax.Array) -> jax.Array:
+    inner = tuple(range(1, x.ndim))
+    return jnp.isfinite(x).all(inner) if travels(x) else jnp.ones(len(x), bool)
+
+
+def _checksums(x: jax.Array) -> jax.Array:
+    """Two uint32 per worker: sums modulo 2**32 of every word mixed with its place.
+
+    Sums of integers do not depend on their order, so a leaf has the same ones however it lies on the devices. The
+    mixing is one to one in the word: no change of a single one goes unseen, and any other with 2**-64 only.
+    """
+    words = _words(x)
+    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for d in reversed(range(words.ndim)):
+        place += lax.broadcasted_iota(jnp.uint32, words.shape, d) * np.uint32(stride % 2**32)
+        stride *= words.shape[d]
+
+    def total(seed: int) -> jax.Array:
+        mixed = words ^ (place * np.uint32(0x9E3779B1) + np.uint32(seed))
+        for factor in (0x85EBCA6B, 0xC2B2AE35):  # the finaliser of MurmurHash3
+            mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(factor)
+        return (mixed ^ (mixed >> np.uint32(15))).sum(tuple(range(1, words.ndim)), dtype=jnp.uint32)
+
+    return jnp.stack([total(1), total(0x7F4A7C15)], -1)
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """The bits as uint32: one per element, two for 64-bit dtypes on a new last axis."""
+    if jnp.iscomplexobj(x):
+        return _words(jnp.stack([x.real, x.imag], -1))
+    if x.dtype == bool:
+        return x.astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return processes.digest(json.dumps(record, sort_keys=True).encode())
+
+
+def _described(array: list | None) -> str:
+    return "absent" if array is None else f"{array[1]}{array[0]}"

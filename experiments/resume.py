@@ -1,0 +1,172 @@
+"""Where a run begins: at its first step, or behind its newest whole checkpoint, on the same workers or on others."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+import crossover_jax as cj
+from experiments import checkpoint, data, processes
+from experiments.checkpoint import Damaged
+from experiments.program import Program, flat_settings, make_program
+from experiments.step import TrainState
+
+MATRICES = {"overlap": cj.overlap_matrix, "average": cj.average_matrix}
+FREE = ("dataset.data_dir", "checkpoint.every", "checkpoint.keep", "on_nan", "max_rollbacks")  # change no bit
+OF_WORKERS = ("num_workers", "simulate", "inner.fsdp", "inner.tensor")  # what --resume_workers lets change
+
+
+class Resume(NamedTuple):
+    """What may differ from the run that left the checkpoint."""
+
+    workers: str | None = None  # "overlap" or "average": how another number of workers takes over
+    allow: Sequence[str] = ()  # keys of the config
+
+
+SAME = Resume()
+
+
+class Start(NamedTuple):
+    """A state and where it stands; `best` is the step and accuracy of the best averaged model so far."""
+
+    state: TrainState
+    step: int = 0
+    rollbacks: int = 0
+    best: tuple[int, float] | None = None
+    log: dict[str, Any] | None = None  # `report.Log.state`
+
+
+def first_or_restored(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    program: Program,
+    train_set: data.Dataset,
+    where: Mesh | int,
+    made: dict[str, Any],
+    resume: Resume,
+) -> Start:
+    """The newest whole checkpoint of `workdir`, or the first state where there is none; damaged ones are set aside.
+
+    `made` is what the settings made and with which versions, compared with what the checkpoint recorded. All processes
+    must call this. Raises `ValueError` for a config that the checkpoint was not made with, and if all are damaged.
+    """
+    damaged: list[int] = []
+    for step in reversed(checkpoint.steps(workdir)):
+        state: TrainState | Any = None
+        record: dict[str, Any] = {}
+        error = None
+        try:
+            record = checkpoint.read_record(workdir, step)
+            check_config(record["config"], settings_of(config) | {"data": made["data"]}, resume)
+            like = _like(record, config, program, train_set, where)
+            state = checkpoint.restore(workdir, record, like)
+        except (Damaged, ValueError) as caught:
+            error = caught
+        message = processes.failures(error)
+        if isinstance(error, ValueError):
+            raise error
+        if not message:
+            try:
+                checkpoint.verify(record, state)
+            except Damaged as caught:
+                message = str(caught)
+        if not message:
+            break
+        processes.say(f"WARNING: the checkpoint of step {step} is damaged: {message}")
+        damaged.append(step)
+    else:
+        if damaged:
+            raise ValueError(
+                f"`workdir` must hold a whole checkpoint, got {workdir} where all {len(damaged)} are damaged; nothing "
+                "was deleted: name another one to begin anew."
+            )
+        state = cj.copies(program.init, where, specs=program.specs)
+        cj.check_copies(state)
+        return Start(state)
+    if damaged:
+        if processes.is_first():
+            checkpoint.set_aside(workdir, damaged)
+        processes.failures(None)  # wait for it
+        processes.say(f"going back to step {record['step']}; the damaged are in {workdir / checkpoint.DAMAGED}")
+    for name, value in made.items():
+        if (was := record["made"].get(name)) != value:
+            processes.say(f"WARNING: {name} is {value}, the checkpoint was made with {was}: not the same bits")
+    if record["num_workers"] != config.num_workers:
+        assert resume.workers is not None  # or the config had been refused
+        state = _resized(state, record["num_workers"], config, resume.workers, program, where)
+    return Start(state, record["step"], record["rollbacks"], record["best"] and tuple(record["best"]), record["log"])
+
+
+def settings_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A config's values by dotted names, as JSON gives them back.
+
+    >>> settings_of(ml_collections.ConfigDict({"model": {"options": {"hidden": (32,)}}}))
+    {'model.options.hidden': [32]}
+    """
+    return json.loads(json.dumps(flat_settings(config)))
+
+
+def check_config(was: dict[str, Any], now: dict[str, Any], resume: Resume) -> None:
+    """Raise `ValueError` with the keys that differ and may not.
+
+    >>> check_config({"seed": 0, "on_nan": "stop"}, {"seed": 1, "on_nan": "rollback"}, Resume(allow=["seed"]))
+    >>> check_config({"seed": 0}, {"seed": 1}, Resume())
+    Traceback (most recent call last):
+    ValueError: `workdir` must hold a run of this config, but in its checkpoint seed is 0, not 1: name another one, ...
+    """
+    changed = [key for key in {**was, **now} if was.get(key) != now.get(key) and key not in FREE]
+    if "batch_size" in changed:  # steps, schedules and the place in the data count batches
+        raise ValueError(
+            f"`config.batch_size` must stay {was['batch_size']} in this workdir, got {now['batch_size']}: name another."
+        )
+    allowed = {*resume.allow, *(OF_WORKERS if resume.workers else ())}
+    if wrong := [key for key in changed if key not in allowed]:
+        found = "; ".join(f"{key} is {was.get(key)}, not {now.get(key)}" for key in wrong)
+        flags = []
+        if "num_workers" in wrong:
+            flags.append("--resume_workers=overlap")
+        if keys := [key for key in wrong if not (flags and key in OF_WORKERS)]:
+            flags.append(f"--allow_config_change={','.join(keys)}")
+        raise ValueError(
+            f"`workdir` must hold a run of this config, but in its checkpoint {found}: name another one, or pass "
+            f"{' and '.join(flags)}."
+        )
+
+
+def _like(
+    record: dict[str, Any],
+    config: ml_collections.ConfigDict,
+    program: Program,
+    train_set: data.Dataset,
+    where: Mesh | int,
+) -> TrainState:
+    """Shapes and places of the checkpoint's state: for other workers theirs, spread over these devices."""
+    num_workers = record["num_workers"]
+    if num_workers == config.num_workers:
+        return cj.abstract_copies(program.shapes, where, specs=program.specs)
+    theirs = config.copy_and_resolve_references()
+    with theirs.unlocked():
+        theirs.num_workers = num_workers
+    shapes = make_program(theirs, train_set, num_workers, 1).shapes
+    return checkpoint.spread(cj.abstract_copies(shapes, num_workers), where)
+
+
+def _resized(
+    state: TrainState,
+    num_workers: int,
+    config: ml_collections.ConfigDict,
+    how: str,
+    program: Program,
+    where: Mesh | int,
+) -> TrainState:
+    processes.say(f"resuming {num_workers} workers on {config.num_workers}: {how}")
+    cj.check_counters(state)
+    matrix = MATRICES[how](num_workers, config.num_workers)
+    target = cj.abstract_copies(program.shapes, where, specs=program.specs)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    return jax.jit(partial(cj.resize, matrix=matrix), out_shardings=shardings)(state)
