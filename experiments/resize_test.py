@@ -2,9 +2,9 @@
 
     python experiments/resize_test.py --seeds 6 --out resize.csv
 
-Each seed trains N workers to the end; from their checkpoint `--after` steps before it M workers go on. What is compared
-is the loss of the averaged model on the test set: same data, same order, same initialisation, same schedule. Cells that
-are in the file are not run again.
+Each seed trains N workers for 500 steps; from their checkpoint of step 200 M workers go on. What is compared is the
+loss of the averaged model on the test set 50 steps later, in the middle of the schedule, and at its end: same data,
+same order, same initialisation. Cells that are in the file are not run again.
 """
 
 import argparse
@@ -26,7 +26,11 @@ from experiments.configs import fashion_mnist
 from experiments.resume import MATRICES, SAME, Resume
 
 PAIRS = [(8, 4), (4, 8), (8, 1), (1, 8), (8, 6), (6, 8)]
-COLUMNS = ["workers", "resumed_on", "how", "seed", "loss", "loss_undisturbed"]
+BEFORE, MIDDLE, END = 200, 250, 500  # steps; 250 are an epoch
+COLUMNS = [
+    *("workers", "resumed_on", "how", "seed"),
+    *(f"loss_{who}_{step}" for step in (MIDDLE, END) for who in ("resumed", "undisturbed")),
+]
 # Student's t, 97.5 %, by degrees of freedom
 T = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 11: 2.201, 15: 2.131, 19: 2.093}
 
@@ -35,8 +39,6 @@ def main(argv: Sequence[str]) -> int:
     """Run what is missing, print a table; 1 if an interval of the differences does not contain 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, choices=[n + 1 for n in T], default=6)
-    parser.add_argument("--before", type=int, default=100, help="steps before the checkpoint")
-    parser.add_argument("--after", type=int, default=50, help="steps behind it")
     parser.add_argument("--algorithm", default="crossover")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--out", type=pathlib.Path, required=True)
@@ -55,16 +57,18 @@ def compare(args: argparse.Namespace, workers: int, seed: int, cells: list) -> l
     """The rows of these cells, all from one checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
-        undisturbed = loss_of(make_config(args, workers, seed), root / "begun")
-        shutil.rmtree(root / "begun" / checkpoint.FOLDER / str(args.before + args.after))
+        undisturbed = losses_of(make_config(args, workers, seed), root / "begun")
+        for later in (step for step in checkpoint.steps(root / "begun") if step > BEFORE):
+            shutil.rmtree(root / "begun" / checkpoint.FOLDER / str(later))
 
-        def resumed(num_workers: int, how: str) -> float:
+        def row(cell: tuple) -> dict:
             shutil.copytree(root / "begun", root / "resumed")
-            loss = loss_of(make_config(args, num_workers, seed), root / "resumed", Resume(how))
+            resumed = losses_of(make_config(args, cell[1], seed), root / "resumed", Resume(cell[2]))
             shutil.rmtree(root / "resumed")
-            return loss
+            losses = [x[step] for step in (MIDDLE, END) for x in (resumed, undisturbed)]
+            return dict(zip(COLUMNS, (*cell, *losses), strict=True))
 
-        return [dict(zip(COLUMNS, (*cell, resumed(cell[1], cell[2]), undisturbed), strict=True)) for cell in cells]
+        return [row(cell) for cell in cells]
 
 
 def make_config(args: argparse.Namespace, workers: int, seed: int) -> ml_collections.ConfigDict:
@@ -74,30 +78,34 @@ def make_config(args: argparse.Namespace, workers: int, seed: int) -> ml_collect
     config.num_workers, config.simulate, config.batch_size = workers, "yes", 240
     config.dataset.data_dir, config.algorithm.name = args.data_dir, args.algorithm
     config.model.name, config.model.options = "mlp", ml_collections.ConfigDict({"hidden": (64,)})
-    config.steps, config.eval_every, config.checkpoint.every = args.before + args.after, 100.0, args.before
+    config.steps, config.checkpoint.every, config.checkpoint.keep = END, BEFORE, 3
     return config
 
 
-def loss_of(config: ml_collections.ConfigDict, workdir: pathlib.Path, resume: Resume = SAME) -> float:
+def losses_of(config: ml_collections.ConfigDict, workdir: pathlib.Path, resume: Resume = SAME) -> dict[int, float]:
+    """The averaged model's loss by steps."""
     _, rows = train.train(config, workdir, resume=resume)
-    return rows[-1]["eval/mean/loss"]
+    return {row["step"]: row["eval/mean/loss"] for row in rows if "eval/mean/loss" in row}
 
 
 def report(rows: list[dict], seeds: int) -> int:
-    """A table of differences with their 95 % intervals; 1 if one of them does not contain 0."""
+    """A table of differences with their 95 % intervals; 1 if one in the middle of the schedule does not contain 0."""
     wrong = 0
-    print("workers   how       loss, undisturbed   difference, 95 % interval")
+    print(f"workers   how       difference at step {MIDDLE}          at step {END}")
     for (n, m), how in itertools.product(PAIRS, MATRICES):
         own = [r for r in rows if (int(r["workers"]), int(r["resumed_on"]), r["how"]) == (n, m, how)][:seeds]
-        before = np.array([float(r["loss_undisturbed"]) for r in own])
-        difference = np.array([float(r["loss"]) for r in own]) - before
-        half = T[len(own) - 1] * difference.std(ddof=1) / np.sqrt(len(own))
-        holds = abs(difference.mean()) <= half
-        wrong |= not holds
-        print(
-            f"{n} -> {m}    {how:8}  {before.mean():.4f}              {difference.mean():+.4f} ± {half:.4f}"
-            f"{'' if holds else '   does not contain 0'}"
-        )
+        cells = []
+        for step in (MIDDLE, END):
+            resumed, undisturbed = (
+                np.array([float(r[f"loss_{who}_{step}"]) for r in own]) for who in ("resumed", "undisturbed")
+            )
+            difference = resumed - undisturbed
+            half = T[len(own) - 1] * difference.std(ddof=1) / np.sqrt(len(own))
+            holds = abs(difference.mean()) <= half
+            wrong |= step == MIDDLE and not holds
+            cells.append(f"{difference.mean():+.4f} ± {half:.4f} of {undisturbed.mean():.3f}{' ' if holds else '*'}")
+        print(f"{n} -> {m}    {how:8}  {'   '.join(cells)}")
+    print("*: the 95 % interval does not contain 0")
     return int(wrong)
 
 

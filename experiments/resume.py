@@ -93,10 +93,11 @@ def first_or_restored(
             checkpoint.set_aside(workdir, damaged)
         processes.failures(None)  # wait for it
         processes.say(f"going back to step {record['step']}; the damaged are in {workdir / checkpoint.DAMAGED}")
-    for name, value in made.items():
-        if (was := record["made"].get(name)) != value:
-            processes.say(f"WARNING: {name} is {value}, the checkpoint was made with {was}: not the same bits")
-    if record["num_workers"] != config.num_workers:
+    if record["num_workers"] == config.num_workers:
+        for name, value in made.items():
+            if (was := record["made"].get(name)) != value:
+                processes.say(f"WARNING: {name} is {value}, the checkpoint was made with {was}: not the same bits")
+    else:
         assert resume.workers is not None  # or the config had been refused
         state = _resized(state, record["num_workers"], config, resume.workers, program, where)
     return Start(state, record["step"], record["rollbacks"], record["best"] and tuple(record["best"]), record["log"])

@@ -5,6 +5,10 @@
 #
 # Repository, Python environment and SHARED lie at the same paths on all hosts. The first host must be reached by the
 # others at PORT, and all by all at the ports that NCCL chooses.
+#
+# Exit code 75: a process got SIGTERM (ssh second pkill -f experiments/train.py), so all wrote a checkpoint and ended.
+# The same WORKDIR goes on from there:
+#   until WORKDIR=... experiments/launch/by_hand.sh; do [ $? -eq 75 ] || break; done
 set -euo pipefail
 
 : "${SHARED:?must name a folder that all hosts mount}"
@@ -42,4 +46,10 @@ for i in "${!hosts[@]}"; do
   # shellcheck disable=SC2029  # expanded here
   ssh -tt "${hosts[$i]}" "$(printf '%q ' "${command[@]}" "--process_id=$i")" < /dev/null &
 done
-for _ in "${hosts[@]}"; do wait -n; done  # the first to fail ends this script, and with it all
+code=0
+for _ in "${hosts[@]}"; do
+  wait -n || code=$((code ? code : $?))
+  # The first to fail ends this script, and with it all; but who ends with 75 is followed by all, if they are let.
+  [ "$code" -eq 0 ] || [ "$code" -eq 75 ] || break
+done
+exit "$code"

@@ -1,11 +1,19 @@
 """Run a training job of several processes on this machine, with CPU devices, over Gloo.
 
     python experiments/launch/local.py --processes 4 --devices-per-process 2 -- --workdir=runs/local --config.steps=20
+    python experiments/launch/local.py --processes 4 --restarts 3 --shrink -- --workdir=runs/local
 
-What follows `--` goes to `train.py`. The exit code is that of the first process that fails, else 0.
+What follows `--` goes to `train.py`. The exit code is that of the first process that fails, else 0; of one that a
+signal killed it is 128 + the signal.
+
+With `--restarts` all processes start again, and go on from the last checkpoint of `--workdir`, when one was killed or
+the job was preempted: not after an error that `train.py` reports, which would come again. With `--shrink` they do so on
+the processes that are left, with as many workers each as before. SIGTERM goes on to the processes, which write a
+checkpoint and end, and nothing is restarted; a second one kills them.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import signal
@@ -13,31 +21,126 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 TRAIN = pathlib.Path(__file__).resolve().parents[1] / "train.py"
+PREEMPTED = 75  # as in experiments/processes.py, which would import JAX here
+POLL = 0.1  # seconds; who fails between two looks has failed at once
+# Linux kills a process that asks for it when its parent dies: what was killed by SIGKILL leaves no processes behind.
+# Asked for by the child itself, before it becomes train.py: `preexec_fn` would run between fork and exec, where the
+# threads of an imported JAX may hold locks.
+DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Shape(NamedTuple):
+    """How much a job runs on, and what must stay divisible when it shrinks."""
+
+    processes: int
+    workers: int
+    devices: int  # of each process
+    batch_size: int
+    eval_batch_size: int
+    micro_batches: int = 1
+    tensor: int = 1  # devices that hold a part of the model each, and see the same examples
 
 
 def main(argv: Sequence[str]) -> int:
-    """Start the processes, wait for all; when one fails the others have `--grace` seconds to end by themselves."""
+    """Run the job, again and again as long as the flags and its failures allow; the exit code."""
+    args = parse(argv)
+    shape = read_shape(args) if args.shrink else None
+    with terminations() as asked:
+        try:
+            return run_with_restarts(args, shape, asked)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+
+
+def run_with_restarts(args: argparse.Namespace, shape: Shape | None, asked: Sequence[int]) -> int:
+    """The exit code of the last run; each but the first goes on where the one before it left its checkpoint."""
+    num_processes, train_flags, restart = args.processes, args.train_flags, 0
+    while True:
+        blamed = to_blame(run(train_flags, num_processes, args, asked))
+        code, restart = next(iter(blamed.values()), 0), restart + 1
+        if asked or restart > args.restarts or not is_passing(code):
+            return exit_code(code)
+        note = f"{described(blamed)}; restart {restart} of {args.restarts}"
+        if shape and was_killed(code):
+            smaller = shrunk(shape, len(blamed))
+            if smaller is None:
+                say(f"{described(blamed)}; nothing is left that could train")
+                return exit_code(code)
+            note += f" with {difference(shape, smaller, len(blamed))}"
+            shape, num_processes = smaller, smaller.processes
+            new = {"config.num_workers": str(shape.workers), "resume_workers": "overlap"}
+            train_flags = replaced(train_flags, new)
+        say(note)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The launcher's own flags, and `train_flags`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices-per-process", type=int, default=4)
     parser.add_argument("--grace", type=float, default=120, help="seconds that the others have once one has failed")
+    parser.add_argument("--restarts", type=int, default=0, help="how often to start again; default: not at all")
+    parser.add_argument("--shrink", action="store_true", help="start again without the processes that were killed")
     parser.add_argument("train_flags", nargs="*", metavar="-- train.py's flags")
     args = parser.parse_args(argv)
-    port = free_port()
-    commands = [command(args.train_flags, port, args.processes, i) for i in range(args.processes)]
+    if args.shrink and args.restarts < 1:
+        parser.error("--shrink needs --restarts of at least 1")
+    return args
+
+
+def read_shape(args: argparse.Namespace) -> Shape:
+    """What `train.py` would make of its flags; a config that cannot be loaded ends this process with one line."""
+    sys.path.insert(0, str(TRAIN.parents[1]))  # as a script, not only as a module
+    from experiments import train
+
+    train.parse_flags([str(TRAIN), *args.train_flags])
+    config = train.CONFIG.value
+    return Shape(
+        args.processes,
+        config.num_workers,
+        args.devices_per_process,
+        config.batch_size,
+        config.eval_batch_size,
+        config.micro_batches,
+        config.inner.tensor,
+    )
+
+
+@contextlib.contextmanager
+def terminations() -> Iterator[list[int]]:
+    """The SIGTERMs that come inside the block, which this process survives."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(
+    train_flags: Sequence[str], num_processes: int, args: argparse.Namespace, asked: Sequence[int]
+) -> dict[int, int]:
+    """Start the processes, and leave none behind: what `wait_for` returns."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(args.devices_per_process),
     }
-    processes = [subprocess.Popen(command, env=environment) for command in commands]
+    port, processes = free_port(), []
     try:
-        return wait_for(processes, args.grace)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        for i in range(num_processes):
+            line = dying_with_us(command(train_flags, port, num_processes, i))
+            processes.append(subprocess.Popen(line, env=environment))
+        return wait_for(processes, args.grace, asked)
     finally:
         for process in processes:
             process.kill()
@@ -50,6 +153,13 @@ def command(train_flags: Sequence[str], port: int, num_processes: int, process_i
     return [sys.executable, str(TRAIN), *train_flags, *by_hand]
 
 
+def dying_with_us(line: list[str]) -> list[str]:
+    """A command that becomes `line`, and on Linux ends with this process."""
+    if sys.platform != "linux":
+        return line
+    return [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *line]
+
+
 def free_port() -> int:
     """A port that nobody listens to now."""
     with socket.socket() as listener:
@@ -57,20 +167,160 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def wait_for(processes: Sequence[subprocess.Popen], grace: float) -> int:
-    """The exit code of the first process that fails, else 0; the others are killed `grace` seconds after it."""
-    failed, deadline = 0, float("inf")
-    while any(process.poll() is None for process in processes):
-        codes = [process.returncode for process in processes if process.returncode]
-        if codes and not failed:
-            failed, deadline = codes[0], time.monotonic() + grace
-        if time.monotonic() > deadline:
+def wait_for(processes: Sequence[subprocess.Popen], grace: float, asked: Sequence[int] = ()) -> dict[int, int]:
+    """Wait for all; the return codes of those that failed first, by process: several if they did so at once.
+
+    The others are killed `grace` seconds after them. Signals that appear in `asked` go on to all processes; whoever
+    is alive at the second one is killed.
+    """
+    first, deadline, passed_on = {}, float("inf"), 0
+    while True:
+        codes = [process.poll() for process in processes]
+        if not first and any(codes):
+            first = {i: code for i, code in enumerate(codes) if code}
+            deadline = time.monotonic() + grace
+        if None not in codes:
+            return first
+        if passed_on < len(asked):
+            for process in processes:
+                process.send_signal(asked[passed_on])
+            passed_on += 1
+        if passed_on > 1 or time.monotonic() > deadline:
             for process in processes:
                 process.kill()
-        time.sleep(0.1)
-    codes = [process.returncode for process in processes if process.returncode]
-    code = failed or next(iter(codes), 0)
+        time.sleep(POLL)
+
+
+def to_blame(failed: Mapping[int, int]) -> dict[int, int]:
+    """Of processes that failed at once, those that did not fail because of the others.
+
+    Who loses a peer ends with an error, or aborts: JAX does so when its coordinator is gone.
+
+    >>> to_blame({0: -6, 1: -9, 2: 1})
+    {1: -9}
+    >>> to_blame({0: 1, 1: -6})
+    {0: 1}
+    """
+    for likely in (was_killed, is_preempted, is_error):
+        if found := {i: code for i, code in failed.items() if likely(code)}:
+            return found
+    return dict(failed)
+
+
+def was_killed(code: int) -> bool:
+    """Whether a signal ended the process; one that aborts has ended itself, and would run again in its place."""
+    return code < 0 and code != -signal.SIGABRT
+
+
+def is_preempted(code: int) -> bool:
+    """Whether the process wrote a checkpoint and ended because it got SIGTERM."""
+    return code == PREEMPTED
+
+
+def is_error(code: int) -> bool:
+    """Whether the process reported an error."""
+    return code > 0
+
+
+def is_passing(code: int) -> bool:
+    """Whether the same command may end otherwise the next time."""
+    return code < 0 or is_preempted(code)
+
+
+def exit_code(code: int) -> int:
+    """What a shell makes of a return code.
+
+    >>> exit_code(75), exit_code(-9)
+    (75, 137)
+    """
     return code if code >= 0 else 128 - code
+
+
+def shrunk(shape: Shape, dead: int) -> Shape | None:
+    """The most of the remaining processes that can train, each with as many workers as before; None if none can.
+
+    >>> shrunk(Shape(4, 8, devices=2, batch_size=256, eval_batch_size=1024), dead=1)[:2]
+    (2, 4)
+    """
+    for processes in range(shape.processes - dead, 0, -1):
+        if not misfit(shape, processes):
+            return shape._replace(processes=processes, workers=shape.workers * processes // shape.processes)
+    return None
+
+
+def misfit(shape: Shape, processes: int) -> str:
+    """Why so many processes, with as many workers each as in `shape`, cannot train; empty if they can.
+
+    >>> misfit(Shape(4, 8, devices=2, batch_size=256, eval_batch_size=1024), 3)
+    '3 processes would be 6 workers, which do not divide the batch of 256'
+    >>> misfit(Shape(4, 2, devices=2, batch_size=256, eval_batch_size=1024), 3)
+    '3 processes would be 1.5 workers'
+    """
+    workers, part = divmod(shape.workers * processes, shape.processes)
+    reason = f"{counted(processes, 'process')} would be {shape.workers * processes / shape.processes:g} workers"
+    if part:
+        return reason
+    if shape.batch_size % (workers * shape.micro_batches):
+        times = f" times {shape.micro_batches} micro-batches" if shape.micro_batches > 1 else ""
+        return f"{reason}, which{times} do not divide the batch of {shape.batch_size}"
+    sharing = processes * shape.devices // shape.tensor
+    for size in (shape.batch_size, shape.eval_batch_size):
+        if size % sharing:
+            return f"{reason} of {sharing} devices, which do not divide the batch of {size}"
+    return ""
+
+
+def difference(before: Shape, after: Shape, dead: int) -> str:
+    """What has become of a job, in a few words."""
+    reason = misfit(before, before.processes - dead)
+    return (
+        f"{after.processes} of {counted(before.processes, 'process')} and {after.workers} of "
+        f"{counted(before.workers, 'worker')}" + (f" ({reason})" if reason else "")
+    )
+
+
+def replaced(flags: Sequence[str], new: Mapping[str, str]) -> list[str]:
+    """The flags with `new` values, by name, instead of what they had.
+
+    >>> replaced(["--workdir=runs/a", "--config.num_workers", "8"], {"config.num_workers": "6"})
+    ['--workdir=runs/a', '--config.num_workers=6']
+    """
+    kept, rest = [], iter(flags)
+    for flag in rest:
+        name, equals, _ = flag.partition("=")
+        if not (flag.startswith("-") and name.lstrip("-") in new):
+            kept.append(flag)
+        elif not equals:
+            next(rest, None)  # its value
+    return [*kept, *(f"--{name}={value}" for name, value in new.items())]
+
+
+def described(blamed: Mapping[int, int]) -> str:
+    """Who failed, and how.
+
+    >>> described({1: -9, 2: -9})
+    'processes 1, 2 were killed by SIGKILL'
+    >>> described({0: 75, 1: 75})
+    'the job was preempted'
+    """
+    if any(map(is_preempted, blamed.values())):
+        return "the job was preempted"
+    who = f"process{'es' * (len(blamed) > 1)} {', '.join(map(str, blamed))} {'were' if len(blamed) > 1 else 'was'}"
+    return f"{who} killed by {', '.join(dict.fromkeys(signal.Signals(-code).name for code in blamed.values()))}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "process"), counted(2, "process"), counted(2, "worker")
+    ('1 process', '2 processes', '2 workers')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def say(message: str) -> None:
+    """To the terminal, apart from what the processes print."""
+    print(f"local.py: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

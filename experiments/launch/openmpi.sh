@@ -6,6 +6,10 @@
 # HOSTFILE: one host a line. Coordinator and ranks are passed by hand: what JAX finds by itself are Open MPI 4's
 # variables only, and in JAX 0.12 those of Open MPI 5 if mpi4py is installed (jax-ml/jax #14576, #40512); and it takes
 # the host of mpirun for that of process 0. MPI itself carries nothing: NCCL does.
+#
+# Exit code 75: a process got SIGTERM, so all wrote a checkpoint and ended. The same WORKDIR goes on from there:
+#   until WORKDIR=... experiments/launch/openmpi.sh; do [ $? -eq 75 ] || break; done
+# SIGTERM must come to a process: mpirun, when it gets one itself, kills them all a second later.
 set -euo pipefail
 
 : "${SHARED:?must name a folder that all hosts mount}"

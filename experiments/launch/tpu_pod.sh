@@ -3,7 +3,11 @@
 #
 #   PROJECT=p ZONE=z NAME=n SLICES=2 experiments/launch/tpu_pod.sh create     ask for the slices, once
 #   PROJECT=p ZONE=z NAME=n SLICES=2 SHARED=/a/shared/folder REPO=... experiments/launch/tpu_pod.sh run
-#   ... tpu_pod.sh log     the newest lines of process 0;     ... tpu_pod.sh stop
+#   ... tpu_pod.sh log     the newest lines of process 0
+#   ... tpu_pod.sh stop    all write a checkpoint and end, with 75
+#
+# `run` with the same WORKDIR goes on from the last checkpoint, after `stop` or on new slices. Nothing does so by
+# itself: who ended with 75 was stopped by hand, or has lost a slice.
 #
 # JAX finds coordinator and ids from the metadata of the TPU VMs, where a queued resource of several slices also has the
 # MEGASCALE_ variables: nothing to set. For slices that were created one by one, export on every host, before `run`,

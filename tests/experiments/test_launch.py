@@ -1,5 +1,5 @@
-"""The launch files, run with stand-ins for srun, mpirun, ssh and gcloud: what each process is started with, and what
-JAX's own detection makes of it."""
+"""The launch files, run with stand-ins for srun, scontrol, mpirun, ssh and gcloud: what each process is started with,
+and what JAX's own detection makes of it."""
 
 import inspect
 import itertools
@@ -21,6 +21,7 @@ from absl import flags
 from jax._src.clusters import k8s_cluster
 
 from experiments import processes, train
+from experiments.launch import local
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments/launch"
@@ -47,19 +48,20 @@ def stub(tmp_path_factory):
     script.write_text(
         f"#!/bin/sh\nout=$(/usr/bin/mktemp {called}/XXXXXX)\n"
         '{ /usr/bin/env -0; printf \'\\001\'; printf \'%s\\0\' "$0" "$@"; } > "$out"\n'
+        'case "$0" in */srun) exit "${SRUN_ENDS:-0}";; esac\n'
     )
     script.chmod(0o755)
-    for name in ("srun", "mpirun", "ssh", "gcloud"):
+    for name in ("srun", "scontrol", "mpirun", "ssh", "gcloud"):
         (folder / name).symlink_to(script)
     (folder / "called").symlink_to(called)
     return folder
 
 
-def calls(stub, command, env):
-    """Run `command` with no environment but `env`; what it called, as `[(name, args, env), ...]`."""
+def calls(stub, command, env, code=0):
+    """Run `command`, which ends with `code`, with no environment but `env`; its calls, `[(name, args, env), ...]`."""
     env = {**env, "PATH": f"{stub}:/usr/bin:/bin", "PYTHON": str(stub / "python")}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     found = []
     for path in sorted((stub / "called").iterdir()):
         before, after = path.read_bytes().decode().split("\1")
@@ -80,15 +82,18 @@ def trained(command):
 # What each launcher then starts
 
 
+def asked_of_slurm():
+    """The options in slurm.sbatch, which sbatch reads up to the first command."""
+    before, _ = (LAUNCH / "slurm.sbatch").read_text().split("\nset ", 1)
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", before, re.MULTILINE))
+
+
 def slurm(stub):
-    text = (LAUNCH / "slurm.sbatch").read_text()
-    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.MULTILINE))
+    [(name, args, env)] = slurm_calls(stub)
+    assert name == "srun"
+    asked = asked_of_slurm()
     nodes, tasks = int(asked["nodes"]), int(asked["ntasks-per-node"])
     assert asked["gpus-per-node"] == asked["ntasks-per-node"]
-    env = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_NTASKS_PER_NODE": str(tasks)}
-    env |= {"SLURM_CPUS_PER_TASK": asked["cpus-per-task"], "SLURM_SUBMIT_DIR": str(ROOT)}
-    [(name, args, env)] = calls(stub, ["bash", LAUNCH / "slurm.sbatch"], SUBMITTED | env)
-    assert name == "srun"
     first = next(i for i, arg in enumerate(args) if not arg.startswith("-"))
     assert "--distribution=block" in args[:first]  # so that task 0 is on the first node
     step = {"SLURM_STEP_NODELIST": f"node[001-{nodes:03}]", "SLURM_NTASKS": str(nodes * tasks)}
@@ -97,6 +102,14 @@ def slurm(stub):
         Process(trained(args[first:]), env | step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % tasks)})
         for i in range(nodes * tasks)
     ]
+
+
+def slurm_calls(stub, code=0):
+    """What slurm.sbatch calls if its tasks end with `code`."""
+    asked = asked_of_slurm()
+    env = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NUM_NODES": asked["nodes"], "SRUN_ENDS": str(code)}
+    env |= {"SLURM_NTASKS_PER_NODE": asked["ntasks-per-node"], "SLURM_CPUS_PER_TASK": asked["cpus-per-task"]}
+    return calls(stub, ["bash", LAUNCH / "slurm.sbatch"], SUBMITTED | env | {"SLURM_SUBMIT_DIR": str(ROOT)}, code)
 
 
 def openmpi(stub, *, version=4):
@@ -334,6 +347,84 @@ def test_a_host_that_fails_ends_the_others(tmp_path):
     ssh.chmod(0o755)
     env = SUBMITTED | {"HOSTS": "alpha beta", "PATH": f"{tmp_path}:/usr/bin:/bin"}
     assert subprocess.run(["bash", LAUNCH / "by_hand.sh"], env=env, timeout=30).returncode == 7
+
+
+# Preempted: processes got SIGTERM, wrote a checkpoint and ended with 75
+
+
+def test_all_mean_the_same_exit_code():
+    assert processes.PREEMPTED == local.PREEMPTED == 75  # as the launch files have it
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (134, False), (137, False)])
+def test_slurm_queues_a_job_again_if_it_was_preempted(code, requeued, stub):
+    called = {name: args for name, args, _ in slurm_calls(stub, code)}
+    assert called.pop("srun")
+    assert called == ({"scontrol": ["requeue", "4242"]} if requeued else {})
+
+
+def test_slurm_tells_the_tasks_before_the_time_is_up_and_lets_all_of_them_end(stub):
+    asked = asked_of_slurm()
+    who, seconds = asked["signal"].split("@")
+    assert who == "TERM"  # "B:TERM" is for the batch shell alone
+    assert int(seconds) >= 120
+    assert "requeue" in asked
+    assert asked["open-mode"] == "append"
+    [(_, args, _)] = slurm_calls(stub)
+    assert "--kill-on-bad-exit=0" in args
+    [wait] = [arg.removeprefix("--wait=") for arg in args if arg.startswith("--wait=")]
+    assert int(wait) >= 120
+
+
+@pytest.mark.parametrize(("code", "both"), [(75, True), (7, False)])
+def test_by_hand_a_host_that_was_preempted_lets_the_others_end(code, both, tmp_path):
+    ssh, late = tmp_path / "ssh", tmp_path / "late"
+    ssh.write_text(f'#!/bin/sh\n[ "$2" = alpha ] && exit {code}\nsleep 0.5\n: > "{late}"\nexit 1\n')
+    ssh.chmod(0o755)
+    env = SUBMITTED | {"HOSTS": "alpha beta", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    assert subprocess.run(["bash", LAUNCH / "by_hand.sh"], env=env, timeout=30).returncode == code
+    assert late.exists() == both
+
+
+def becomes(path, code):
+    """What Kubernetes makes of a job one of whose pods ends with `code`."""
+    [top] = [document["spec"] for document in documents(path) if document["kind"] != "Service"]
+    jobs = [job["template"]["spec"] for job in top["replicatedJobs"]] if "replicatedJobs" in top else [top]
+    found = set()
+    for job in jobs:
+        [container] = job["template"]["spec"]["containers"]
+        action = "Count"
+        for rule in reversed(job["podFailurePolicy"]["rules"]):  # the first that matches
+            assert rule["onExitCodes"].keys() == {"containerName", "operator", "values"}
+            assert (rule["onExitCodes"]["containerName"], rule["onExitCodes"]["operator"]) == (container["name"], "In")
+            action = rule["action"] if code in rule["onExitCodes"]["values"] else action
+        if action == "Ignore":
+            found.add("pods are replaced")
+            continue
+        reason = {"FailJob": "PodFailurePolicy", "Count": "BackoffLimitExceeded"}[action]
+        policy = top.get("failurePolicy", {"rules": []})
+        actions = [rule["action"] for rule in policy["rules"] if reason in rule["onJobFailureReasons"]]
+        assert policy.get("maxRestarts", 0) == 0
+        found.add(actions[0] if actions else "fails")
+    return found
+
+
+@pytest.mark.parametrize("path", YAML, ids=lambda p: p.name)
+def test_kubernetes_starts_all_pods_again_uncounted_if_they_were_preempted(path):
+    assert becomes(path, 1) == becomes(path, 134) == becomes(path, 137) == {"fails"}
+    again = "pods are replaced" if path == YAML[0] else "RestartJobSetAndIgnoreMaxRestarts"
+    assert becomes(path, 75) == {again}
+
+
+@pytest.mark.parametrize("path", YAML, ids=lambda p: p.name)
+def test_kubernetes_tells_python_itself_and_gives_it_time(path):
+    spec = documents(path)[-1]["spec"]
+    for job in spec.get("replicatedJobs", [{"template": {"spec": spec}}]):
+        pod = job["template"]["spec"]["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] >= 120
+        assert (
+            "\nexec python " in pod["containers"][0]["args"][0]
+        )  # else the shell would get SIGTERM, and not pass it on
 
 
 @pytest.mark.parametrize("path", YAML, ids=lambda p: p.name)
