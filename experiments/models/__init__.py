@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -96,30 +97,36 @@ def annotations(graphdef: nnx.GraphDef, params: PyTree, model_state: PyTree) -> 
     return specs if any(spec != P() for spec in jax.tree.leaves(specs)) else None
 
 
-def recalibrate(graphdef: nnx.GraphDef, params: PyTree, model_state: PyTree, batches: Iterable[jax.Array]) -> PyTree:
-    """Model state whose running statistics are the exact average of the batch statistics of `params` over `batches`.
+def recalibrate(
+    forward: Callable[[PyTree, jax.Array], PyTree], model_state: PyTree, batches: Iterable[jax.Array]
+) -> PyTree:
+    """Model state whose running statistics are those of each layer's inputs over all `batches` together.
 
-    Each of `batches` is `[batch, height, width, channels]` and counts equally; batches of one size compile once. The
-    average of the workers' parameters is a model that no worker ran, so the statistics of none fit it. Evaluation's
-    default is the average of the workers' running statistics; this is the exact, dearer alternative. A model without
-    BatchNorm gets its empty state back. Raises `ValueError` without batches.
+    `forward` takes model state and images `[batch, height, width, channels]` to the state that they move it to in
+    training; `batches` of one size count equally and compile once. Variances are the mean of the batches' plus the
+    variance of their means. The average of the workers' parameters is a model that no worker ran, so the statistics of
+    none fit it. Evaluation's default is the average of the workers' running statistics; this is the exact, dearer
+    alternative. A model without BatchNorm gets its empty state back. Raises `ValueError` without batches.
 
     Reference: Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3 (PreciseBN).
     """
     if not jax.tree.leaves(model_state):
         return model_state
-    total, count = jax.tree.map(jnp.zeros_like, model_state), 0
-    for images in batches:
-        total = _add_statistics(graphdef, params, total, images)
-        count += 1
-    if not count:
+    zero, moved = jax.tree.map(jnp.zeros_like, model_state), jax.jit(forward)
+    seen = [jax.device_get(moved(zero, images)) for images in batches]
+    if not seen:
         raise ValueError("`batches` must hold at least one batch, got none.")
-    return jax.tree.map(lambda s: s / count, total)
-
-
-@partial(jax.jit, static_argnums=0)
-def _add_statistics(graphdef: nnx.GraphDef, params: PyTree, total: PyTree, images: jax.Array) -> PyTree:
     # From zero, a running statistic moves to (1 - MOMENTUM) of the batch's.
-    zero = jax.tree.map(jnp.zeros_like, total)
-    _, moved = apply(graphdef, params, zero, images, train=True, key=None)
-    return jax.tree.map(lambda t, m: t + m / (1 - MOMENTUM), total, moved)
+    stacked = jax.tree.map(lambda *x: np.stack(x).astype(np.float64) / (1 - MOMENTUM), *seen)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), _together(stacked), model_state)
+
+
+def _together(batches: PyTree) -> PyTree:
+    """Means and variances of equal batches, `[batches, features]`, as those of all of them.
+
+    >>> _together({"norm": {"mean": np.array([[0.0], [2.0]]), "var": np.array([[1.0], [3.0]])}})
+    {'norm': {'mean': array([1.]), 'var': array([3.])}}
+    """
+    if "mean" in batches:
+        return {"mean": batches["mean"].mean(0), "var": batches["var"].mean(0) + batches["mean"].var(0)}
+    return {name: _together(below) for name, below in batches.items()}

@@ -1,0 +1,415 @@
+"""Take one model out of a run's checkpoint, for whoever has flax and orbax and nothing of ours.
+
+    python experiments/export.py runs/fashion_mnist models/fashion_mnist
+    python experiments/export.py runs/fashion_mnist models/worker_3 --step=best --workers=3
+
+    OUT/model         orbax: nested dicts "params" and "model_state" of numpy arrays
+    OUT/README.md     the model card: what it is, how good it is, and the lines that load it
+    OUT/config.json   the config of the run, by dotted names
+
+The averaged model is one that no worker ran, so BatchNorm gets new statistics unless --batch_norm=average.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import partial, reduce
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
+
+import crossover_jax as cj
+from crossover_jax.cuts import flatten
+from experiments import checkpoint, data, models, processes, report
+from experiments.checkpoint import Damaged
+from experiments.evaluate import make_evaluate
+from experiments.program import Program, make_program, versions
+from experiments.step import Diverged, TrainState
+
+PyTree = Any
+BATCH = 256  # examples in a forward pass: what was spread over many devices may be exported on one
+BATCH_NORM = ("recalibrate", "average")
+
+
+class Restored(NamedTuple):
+    """A checkpoint with all that its config makes, its workers simulated on one device whatever trained them."""
+
+    record: dict[str, Any]
+    config: ml_collections.ConfigDict
+    train_set: data.Dataset
+    eval_set: data.Dataset
+    program: Program
+    state: TrainState
+
+
+class Figures(NamedTuple):
+    """How good the exported model is, and the workers that it comes from."""
+
+    step: int
+    accuracy: float
+    loss: float
+    workers: report.Row  # under the keys of metrics.jsonl
+    source: str  # of them
+
+
+def export(
+    workdir: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    step: str = "last",
+    workers: str = "mean",
+    batch_norm: str = "recalibrate",
+    examples: int = 8192,
+    data_dir: str | None = None,
+) -> Figures:
+    """Write to the folder `out`, new or empty, a model of the run in `workdir`: all of it, or nothing.
+
+    `step` is a number, "best" or "last", which goes back to the newest whole checkpoint; `workers` is "mean" or the
+    number of one. Raises `ValueError` for what cannot be had, `Damaged` and `data.DataMissing`.
+    """
+    workdir, out = pathlib.Path(workdir).expanduser(), pathlib.Path(out).expanduser().resolve()
+    if batch_norm not in BATCH_NORM:
+        raise ValueError(f"`--batch_norm` must be one of {', '.join(BATCH_NORM)}, got {batch_norm!r}.")
+    if examples < 1:
+        raise ValueError(f"`--examples` must be at least 1, got {examples}.")
+    if workers != "mean" and not workers.isdecimal():
+        raise ValueError(f"`--workers` must be 'mean' or the number of a worker, got {workers!r}.")
+    check_vacant(out)
+    restored = restore(workdir, step, data_dir)
+    num_workers = restored.record["num_workers"]
+    if workers != "mean" and int(workers) >= num_workers:
+        raise ValueError(f"`--workers` must be 'mean' or from 0 to {num_workers - 1}, got {workers}.")
+
+    model_of = restored.program.algorithm.model
+    of_workers = cj.per_worker(lambda s: (model_of(s.params, s.algorithm), s.model_state), num_workers, donate=False)
+    own = of_workers(restored.state)
+    params, model_state = cj.mean(own) if workers == "mean" else cj.worker(own, int(workers))
+    if not jax.tree.leaves(model_state):
+        statistics = "The model has no BatchNorm."
+    elif batch_norm == "average":
+        statistics = "BatchNorm has the running statistics of training" + (
+            ", averaged over the workers." if workers == "mean" else "."
+        )
+    else:
+        model_state, (number, size) = recalibrated(restored, params, model_state, examples)
+        statistics = (
+            "BatchNorm has statistics that were made for this model: the mean and the biased variance of each layer's "
+            f"input over {number * size} examples of `{restored.train_set.split}` without augmentation, in {number} "
+            f"batches of {size} which the layers below normalise each by its own."
+        )
+    figures = measured(workdir, restored, own[0], params, model_state)
+    tree = plain({"params": params, "model_state": model_state})
+    write(out, tree, card(restored, workers, figures, statistics, tree), config_text(restored.record))
+    return figures
+
+
+def restore(workdir: pathlib.Path, step: str, data_dir: str | None = None) -> Restored:
+    """The checkpoint of `step`, verified. Raises `Damaged`, but for "last" only if there is no whole one."""
+    found = checkpoint.steps(workdir)
+    if not found:
+        raise ValueError(
+            f"`WORKDIR` must hold the checkpoints of a run, got {workdir} without any: name a run's folder."
+        )
+    if step == "last":
+        for candidate in reversed(found):
+            try:
+                return restore_step(workdir, candidate, data_dir)
+            except Damaged as error:
+                processes.say(f"WARNING: {error}")
+        raise Damaged(f"`WORKDIR` must hold a whole checkpoint, got {workdir} where all {len(found)} are damaged.")
+    chosen = best_step(workdir, found) if step == "best" else step
+    if chosen not in map(str, found):
+        raise ValueError(
+            f"`--step` must be 'last', 'best' or a checkpoint of {workdir}, {', '.join(map(str, found))}, got {chosen}."
+        )
+    return restore_step(workdir, int(chosen), data_dir)
+
+
+def best_step(workdir: pathlib.Path, found: Sequence[int]) -> str:
+    """The step of the best averaged model, as the newest record that can be read has it."""
+    for step in reversed(found):
+        try:
+            best = checkpoint.read_record(workdir, step)["best"]
+        except Damaged:
+            continue
+        if best is None:
+            raise ValueError(
+                f"`--step` must not be 'best' where {workdir} has no evaluation up to step {step}: name one."
+            )
+        return str(best[0])
+    raise Damaged(f"`WORKDIR` must hold a whole checkpoint, got {workdir} where all {len(found)} are damaged.")
+
+
+def restore_step(workdir: pathlib.Path, step: int, data_dir: str | None) -> Restored:
+    """One checkpoint. Raises `Damaged`, and `ValueError` if the data are not those of the run."""
+    try:
+        record = checkpoint.read_record(workdir, step)
+        config = config_of(record)
+        c, where = config.dataset, record["num_workers"]
+        load = partial(data.load, c.name, data_dir=data_dir or c.data_dir, sequence=c.sequence)
+        train_set, eval_set = load(c.train_split), load(c.eval_split)
+        digests = ", ".join(dataset.digest for dataset in (train_set, eval_set))
+        if digests != record["config"]["data"]:
+            raise ValueError(
+                f"`--data_dir` must hold the data of the run, {record['config']['data']}, got {digests} in "
+                f"{data_dir or c.data_dir}: name the folder that it was trained from."
+            )
+        program = make_program(config, train_set, where, 1)
+        state = checkpoint.restore(workdir, record, cj.abstract_copies(program.shapes, where))
+        checkpoint.verify(record, state)
+    except Damaged as error:
+        raise Damaged(f"the checkpoint of step {step} in {workdir} is damaged: {error}; name another --step.") from None
+    return Restored(record, config, train_set, eval_set, program, state)
+
+
+def config_of(record: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config of the run, where BatchNorm does not divide a batch: to evaluate a model it need not.
+
+    >>> config_of({"config": {"seed": 0, "model.options.bn_groups": 8, "data": "mnist"}}).to_dict()
+    {'model': {'options': {'bn_groups': 1}}, 'seed': 0}
+    """
+    nested: dict[str, Any] = {"model": {"options": {}}}  # a folder without keys has left no trace
+    for name, value in settings(record).items():
+        *folders, key = name.split(".")
+        reduce(lambda folder, name: folder.setdefault(name, {}), folders, nested)[key] = value
+    if "bn_groups" in nested["model"]["options"]:
+        nested["model"]["options"]["bn_groups"] = 1
+    return ml_collections.ConfigDict(nested).lock()
+
+
+def settings(record: dict[str, Any]) -> dict[str, Any]:
+    """The config of the run by dotted names."""
+    return {name: value for name, value in record["config"].items() if name != "data"}
+
+
+def recalibrated(
+    restored: Restored, params: PyTree, model_state: PyTree, examples: int
+) -> tuple[PyTree, tuple[int, int]]:
+    """Statistics of `params` over so many examples of the training set, in (number, size) of equal batches."""
+    examples = min(examples, len(restored.train_set))
+    number = -(-examples // BATCH)
+    size = examples // number
+    batches = data.train_batches(
+        restored.train_set, batch_size=size, num_workers=1, seed=restored.config.seed, augment=False
+    )
+
+    def forward(model_state: PyTree, image: jax.Array) -> PyTree:
+        return restored.program.apply(params, model_state, image, train=True)[1]
+
+    images = (batch["image"][0] for batch in itertools.islice(batches, number))
+    return models.recalibrate(forward, model_state, images), (number, size)
+
+
+def measured(workdir: pathlib.Path, restored: Restored, own: PyTree, params: PyTree, model_state: PyTree) -> Figures:
+    """The exported model, evaluated; its workers as the run did, or anew where it did not at this step."""
+    record, program = restored.record, restored.program
+    predict = lambda *args: program.apply(*args, train=False)[0]  # noqa: E731
+    step, size = record["step"], min(BATCH, restored.config.eval_batch_size)
+    batches = partial(data.eval_batches, restored.eval_set, batch_size=size)
+    as_it_is = program.algorithm._replace(model=lambda params, state: params)
+    alone = jax.tree.map(lambda x: x[None], TrainState(params, model_state, ()))
+    row = make_evaluate(predict, as_it_is, 1)(step, alone, batches())
+    rows = report.read_rows(workdir, step) if (workdir / report.METRICS).is_file() else []
+    if rows and rows[-1]["step"] == step and "eval/workers/accuracy" in rows[-1]:
+        workers, source = rows[-1], f"from the run's `{report.METRICS}`"
+    else:
+        workers = make_evaluate(predict, program.algorithm, record["num_workers"])(step, restored.state, batches())
+        source = "computed from the checkpoint"
+    workers = workers | {"consensus_distance": float(jax.device_get(cj.consensus_distance(own)))}
+    return Figures(step, row["eval/mean/accuracy"], row["eval/mean/loss"], workers, source)
+
+
+def plain(tree: PyTree) -> PyTree:
+    """Dicts with strings as keys and numpy arrays, which orbax restores on any device."""
+    if isinstance(tree, dict):
+        return {str(name): plain(below) for name, below in tree.items()}
+    return np.asarray(jax.device_get(tree))
+
+
+def check_vacant(out: pathlib.Path) -> None:
+    """Raise `ValueError` if there is something at `out`, but for an empty folder, or if it cannot be made."""
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(
+                f"`OUT` must be a new or an empty folder, got {out}, which is not empty: name another one."
+            )
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`OUT` must be a folder that can be written, got {out}: {error.strerror}.") from None
+
+
+def write(out: pathlib.Path, tree: PyTree, readme: str, config: str) -> None:
+    """All files under another name first, so that `out` is whole or not there. Raises `ValueError`."""
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir()
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(unfinished / "model", tree)
+        (unfinished / "README.md").write_text(readme)
+        (unfinished / "config.json").write_text(config)
+        unfinished.rename(out)  # an empty folder makes way
+    except OSError as error:
+        raise ValueError(f"`OUT` must be a folder that can be written, got {out}: {error.strerror}.") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# ---- the model card ----
+
+
+def card(restored: Restored, workers: str, figures: Figures, statistics: str, tree: PyTree) -> str:
+    """OUT/README.md."""
+    record, config, eval_set, row = restored.record, restored.config, restored.eval_set, figures.workers
+    of = f"{record['num_workers']} workers"
+    what = f"The average of the models of {of}" if workers == "mean" else f"Worker {workers}, one of {of},"
+    epochs = record["examples"] / len(restored.train_set)
+    call, inputs = how_to_call(eval_set)
+    return f"""\
+# {config.model.name} on {config.dataset.name}, trained by {config.algorithm.name}
+
+{what} after step {record["step"]} ({record["examples"]} examples, {epochs:.2f} epochs), taken from a run of
+crossover_jax by `experiments/export.py`.
+
+| on the {len(eval_set)} examples of `{eval_set.split}` | accuracy | loss |
+|---|---|---|
+| **this model** | {figures.accuracy:.4f} | {figures.loss:.4f} |
+| the workers, mean | {row["eval/workers/accuracy"]:.4f} | |
+| the workers, min | {row["eval/workers/accuracy_min"]:.4f} | |
+| the workers, max | {row["eval/workers/accuracy_max"]:.4f} | |
+
+The workers' accuracies are {figures.source}. Their consensus distance, the root mean square of their distances to
+their average, is {row["consensus_distance"]:.4g}. {statistics}
+
+## Load
+
+With flax and orbax alone. `model` is your `flax.nnx` module whose attributes have the names and shapes below; what it
+starts from does not matter, and one that lacks an array or has others is refused. In this folder:
+
+```python
+import os
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+graphdef, params, statistics, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+like = {{"params": nnx.to_pure_dict(params), "model_state": nnx.to_pure_dict(statistics)}}
+saved = ocp.StandardCheckpointer().restore(os.path.abspath("model"), like)
+model = nnx.merge(graphdef, saved["params"], saved["model_state"], rest)
+{call}
+```
+
+{inputs} Call the model as its class says, here for evaluation. Restored without `like`, `saved` is
+nested dicts of numpy arrays for anything else: of a linen module with these names, `params` and `batch_stats`.
+
+```
+{described(tree)}
+```
+
+## Config
+
+```json
+{config_text(record)}```
+
+The data were {record["config"]["data"]}.
+
+| version of | trained with | exported with |
+|---|---|---|
+{versions_table(record["made"])}
+"""
+
+
+def how_to_call(dataset: data.Dataset) -> tuple[str, str]:
+    """The line that calls the model, and what it takes.
+
+    >>> how_to_call(data.describe("fashion_mnist"))[0]
+    'logits = model((images / 255 - np.float32([0.286])) / np.float32([0.353]))'
+    """
+    shape = ", ".join(map(str, dataset.image_shape))
+    if not dataset.mean:
+        return "logits = model(tokens)", f"`tokens` are bytes of text, `[batch, {shape}]`, as they are."
+    mean, std = list(dataset.mean), list(dataset.std)
+    return (
+        f"logits = model((images / 255 - np.float32({mean})) / np.float32({std}))",
+        f"`images` are uint8 `[batch, {shape}]`; the model takes them in float32, normalised: divided by 255, less the "
+        f"mean {mean} and over the standard deviation {std} of each channel.",
+    )
+
+
+def described(tree: PyTree) -> str:
+    """Every array by name.
+
+    >>> print(described({"params": {"fc": {"bias": np.zeros(10, np.float32)}}}))
+    params/fc/bias  float32[10]
+    """
+    names, leaves, _ = flatten(tree)
+    return report.table({name: f"{x.dtype}{list(x.shape)}" for name, x in zip(names, leaves, strict=True)})
+
+
+def config_text(record: dict[str, Any]) -> str:
+    """OUT/config.json."""
+    return json.dumps(settings(record), indent=2) + "\n"
+
+
+def versions_table(made: dict[str, Any]) -> str:
+    """The rows of what the run and this process were made with."""
+    here = {**versions(), "orbax-checkpoint": importlib.metadata.version("orbax-checkpoint")}
+    names = [name for name in {**made, **here} if name != "data"]
+    return "\n".join(f"| {name} | {made.get(name, '')} | {here.get(name, '')} |" for name in names)
+
+
+# ---- the command line ----
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line, as in train.py."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"error: {message}; --help tells more.")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", metavar="WORKDIR", help="the folder of a run, as train.py's --workdir")
+    parser.add_argument("out", metavar="OUT", help="a new or an empty folder")
+    parser.add_argument("--step", default="last", metavar="N|best|last", help="which checkpoint; default: last")
+    parser.add_argument("--workers", default="mean", metavar="mean|I", help="the averaged model, or worker I's")
+    parser.add_argument("--batch_norm", default="recalibrate", choices=BATCH_NORM, help="which statistics")
+    parser.add_argument("--examples", type=int, default=8192, help="of the training set, to recalibrate; default: 8192")
+    parser.add_argument("--data_dir", help="where the data lie; default: where they did")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """A user's mistake is one sentence, anything else a traceback."""
+    args = parse(argv)
+    logging.set_verbosity(logging.WARNING)  # TFDS reports each file that it reads
+    try:
+        figures = export(**vars(args))
+    except (ValueError, data.DataMissing, Damaged, Diverged) as error:
+        sys.exit(f"error: {error}")
+    row = figures.workers
+    lines = {
+        "exported": f"step {figures.step} to {args.out}",
+        "accuracy": f"{figures.accuracy:.4f}",
+        "loss": f"{figures.loss:.4f}",
+        "accuracy, workers": f"{row['eval/workers/accuracy']:.4f}, from {row['eval/workers/accuracy_min']:.4f} to "
+        f"{row['eval/workers/accuracy_max']:.4f}",
+        "consensus distance": f"{row['consensus_distance']:.4f}",
+    }
+    processes.say(report.table(lines))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
