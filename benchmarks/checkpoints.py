@@ -52,10 +52,12 @@ def main(argv: Sequence[str]) -> None:
             if is_saving:
                 record = {"config": settings_of(config), "log": {"means": {"loss": [0.1] * 20}}, "made": {}}
                 saves.save(step, state, record)
+            waiting = None
             for _ in range(args.steps):
                 state, metrics = made.step(state, next(batches), made.place_step(step))
-                jax.block_until_ready(metrics)
-                step += 1
+                jax.block_until_ready(waiting)  # one step late, as in train.py
+                waiting, step = metrics, step + 1
+            jax.block_until_ready(state)
             if is_saving:
                 saves.wait()
             if block:  # the first compiles

@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ PyTree = Any
 FOLDER = "checkpoints"
 DAMAGED = "damaged"
 FORMAT = 1
+SMALL = 2**22  # bytes of a leaf, all workers together
 
 
 def _quieten() -> None:
@@ -41,10 +43,13 @@ def _quieten() -> None:
     absl.logging.get_absl_handler().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
 
     def hook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":  # tensorstore's threads, to a save that has failed
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine: another read or write, given up
+        is_orbax = code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
+        if not is_orbax and str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
     sys.unraisablehook = hook
@@ -93,9 +98,9 @@ class Checkpoints:
         self._wait()
         if is_best:
             self._best[:] = [step]
-        item = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
         try:
             with jax.transfer_guard("allow"):  # to the host, which is asked for
+                item = ocp.args.Composite(state=ocp.args.PyTreeSave(_gathered(state)), record=ocp.args.JsonSave(record))
                 self._manager.save(step, args=item, force=True)
             self._saving = step
         except Exception as error:  # of a full disk, tensorstore and orbax raise what they like
@@ -173,13 +178,12 @@ def restore(workdir: pathlib.Path, record: dict[str, Any], like: PyTree) -> PyTr
     handler = ocp.PyTreeCheckpointHandler()
     try:
         with jax.transfer_guard("allow"):
-            state = handler.restore(epath.Path(path.absolute()), args=args)
+            return handler.restore(epath.Path(path.absolute()), args=args)
     except Exception as error:  # tensorstore's, orbax's, the file system's: whatever is in the way, it is not whole
         lines = str(error).splitlines() or [""]
         raise Damaged(f"it cannot be read: {type(error).__name__}: {lines[0][:300]}") from None
     finally:
         handler.close()
-    return state
 
 
 def verify(record: dict[str, Any], state: PyTree) -> None:
@@ -221,6 +225,16 @@ def spread(states: PyTree, where: Mesh | int) -> PyTree:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(where, P(*axes)))
 
     return jax.tree.map(place, states)
+
+
+def _gathered(state: PyTree) -> PyTree:
+    """Small leaves as numpy arrays: in pieces, one for each device, each piece would cost a write of its own.
+
+    They are copies: on a CPU a view would show what the next step writes into the donated state.
+    """
+    if jax.process_count() > 1:
+        return state
+    return jax.tree.map(lambda x: np.array(x) if x.nbytes < SMALL else x, state)
 
 
 def _inspected(step: int, state: PyTree) -> dict[str, Any]:

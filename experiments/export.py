@@ -11,7 +11,6 @@ The averaged model is one that no worker ran, so BatchNorm gets new statistics u
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import os
@@ -364,7 +363,7 @@ def config_text(record: dict[str, Any]) -> str:
 
 def versions_table(made: dict[str, Any]) -> str:
     """The rows of what the run and this process were made with."""
-    here = {**versions(), "orbax-checkpoint": importlib.metadata.version("orbax-checkpoint")}
+    here = versions()
     names = [name for name in {**made, **here} if name != "data"]
     return "\n".join(f"| {name} | {made.get(name, '')} | {here.get(name, '')} |" for name in names)
 

@@ -148,7 +148,7 @@ def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of the code and of what computes."""
-    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    names = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
     return {"code": processes.code_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 

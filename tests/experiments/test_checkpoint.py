@@ -24,7 +24,7 @@ from experiments.step import Diverged
 
 ROOT = pathlib.Path(__file__).parents[2]
 N, STEPS = 8, 6
-QUICK = ("allreduce", "crossover", "crossover_paper", "local_sgd", "sgp")
+QUICK = ("allreduce", "crossover", "local_sgd")  # without a round, by channels, behind a condition
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,15 @@ def test_other_workers_take_over(workers, how, undisturbed, config, tmp_path, ma
     assert start.step == 4
 
 
-@pytest.mark.parametrize(("was", "now"), [((8, 1), (4, 2)), ((4, 2), (8, 1)), ((4, 2), (4, 1)), ((4, 1), (4, 2))])
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ((8, 1), (4, 2)),
+        ((4, 2), (4, 1)),
+        pytest.param((4, 2), (8, 1), marks=pytest.mark.slow),
+        pytest.param((4, 1), (4, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_sharded_workers_go_on_unsharded_and_the_reverse(was, now, config, tmp_path, made_of, monkeypatch):
     monkeypatch.setattr(cj.specs, "fsdp_specs", fsdp_of_all := fsdp_for_small())
     monkeypatch.setattr(program.cj, "fsdp_specs", fsdp_of_all)
@@ -356,7 +364,7 @@ def test_a_changed_number_is_named(undisturbed, restored, tmp_path, capsys):
     assert leaf in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_damage_never_gives_other_bits(seed, undisturbed, restored, states, tmp_path):
     rng = np.random.default_rng(seed)
     workdir = stopped_at(STEPS, undisturbed[0], tmp_path / "run")

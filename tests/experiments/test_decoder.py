@@ -422,6 +422,7 @@ def test_the_loss_of_text_is_the_mean_over_all_bytes_and_they_are_not_normalised
     assert float(metrics["accuracy"]) == pytest.approx((y.argmax(-1) == label).mean())
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_to_spell(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()

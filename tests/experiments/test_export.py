@@ -234,6 +234,7 @@ def test_new_statistics_are_those_of_all_examples_together(resnet, data_dir):
     assert how in (resnet.out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_new_statistics_of_every_layer_are_those_of_one_forward_pass(resnet, data_dir, monkeypatch):
     monkeypatch.setattr(export, "BATCH", TRAINED)
     image = data.load("fashion_mnist", f"train[:{TRAINED}]", data_dir=data_dir).source.image

@@ -100,7 +100,7 @@ def test_workers_of_two_devices_train_as_workers_of_one_with_the_whole_batch(oth
     assert_close(metrics, expected_metrics)
 
 
-@pytest.mark.parametrize("bn_groups", [1, 2])
+@pytest.mark.parametrize("bn_groups", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bn_groups_is_the_loss_on_each_part_alone_with_gradients_and_running_statistics_averaged(bn_groups):
     """One group: what the compiler synchronises. Two: the paper's members, each with the statistics of its device."""
     state, metrics, _ = trained("two devices each", bn_groups)

@@ -251,7 +251,11 @@ def on_mesh(step):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("mlp", {"hidden": (32,), "dropout": 0.5}), ("resnet8", {"width": 4}), ("resnet8", {"width": 4, "bn_groups": 2})],
+    [
+        ("mlp", {"hidden": (32,), "dropout": 0.5}),
+        pytest.param("resnet8", {"width": 4}, marks=pytest.mark.slow),
+        ("resnet8", {"width": 4, "bn_groups": 2}),
+    ],
 )
 def test_workers_on_a_mesh_are_workers_under_vmap(name, options):
     graphdef, params, state = build(name, num_classes=3, image_shape=IMAGE, seed=0, **options)

@@ -74,7 +74,7 @@ def test_operations_are_those_of_the_layers(pod):
     assert found["step"]["operations_per_chip"] == forward + gradients
 
 
-@pytest.mark.parametrize(("num_workers", "over"), [(64, "flat"), (16384, "all")])
+@pytest.mark.parametrize(("num_workers", "over"), [(64, "flat"), pytest.param(16384, "all", marks=pytest.mark.slow)])
 def test_the_exchange_of_resnet50_compiles_for_16384_chips_in_20_seconds(num_workers, over):
     """64 workers of a slice of 256 chips each, and as many workers as chips."""
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16", num_slices=64).devices)
@@ -91,6 +91,7 @@ def test_the_exchange_of_resnet50_compiles_for_16384_chips_in_20_seconds(num_wor
     assert sum(row["bytes_per_worker"] for row in rows if row["link"] == "DCN") <= 1.01 * model
 
 
+@pytest.mark.slow
 def test_a_decoder_of_a_billion_parameters_fits_workers_of_16_chips():
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices)
     found = preflight.preflight(decoder_1b.get_config(), devices, exchange_only=False)
@@ -122,6 +123,7 @@ def test_the_step_of_resnet50_compiles_for_a_pod():
     assert found["step"]["operations_per_chip"] == pytest.approx(3 * 2 * 4.09e9 * 32, rel=0.02)
 
 
+@pytest.mark.slow
 def test_gossip_does_not_make_compiling_much_slower(pod):
     """In processor seconds, best of two: this machine is shared."""
 

@@ -62,7 +62,7 @@ def rows_of(workdir):
     ("num_processes", "devices", "flags"),
     [
         (2, 4, {}),
-        (4, 2, {}),
+        pytest.param(4, 2, {}, marks=pytest.mark.slow),
         (4, 2, {"num_workers": 2, "inner.fsdp": 2}),  # a worker of two processes, sharded and data parallel
     ],
 )

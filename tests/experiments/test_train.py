@@ -476,7 +476,8 @@ def test_the_command_names_a_misspelt_key_in_one_line(tmp_path):
         ("x = 1", "unknown key in --config: module config_config has no attribute get_config"),
     ],
 )
-def test_a_config_that_cannot_be_loaded_is_one_line(source, message, tmp_path):
+def test_a_config_that_cannot_be_loaded_is_one_line(source, message, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # what an earlier file left there is not cleared
     path = tmp_path / "config.py"
     if source is not None:
         path.write_text(source)
