@@ -80,7 +80,8 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int, best: int | None = None):
         self._folder, self._best = workdir / FOLDER, [] if best is None else [best]
         self.last = max(steps(workdir), default=None)  # the last that is known to be whole
-        self._saving: int | None = None
+        self._saving: tuple[int, bool] | None = None  # step, and whether it is the best
+        self._whole = True
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastAndBest(keep, self._best),
             cleanup_tmp_directories=True,
@@ -96,13 +97,11 @@ class Checkpoints:
         record = {**record, "format": FORMAT, "step": step, **_inspected(step, state)}
         record["digest"] = _digest(record)
         self._wait()
-        if is_best:
-            self._best[:] = [step]
         try:
             with jax.transfer_guard("allow"):  # to the host, which is asked for
                 item = ocp.args.Composite(state=ocp.args.PyTreeSave(_gathered(state)), record=ocp.args.JsonSave(record))
                 self._manager.save(step, args=item, force=True)
-            self._saving = step
+            self._saving = step, is_best
         except Exception as error:  # of a full disk, tensorstore and orbax raise what they like
             self._failed(step, error)
 
@@ -115,17 +114,18 @@ class Checkpoints:
         self._wait()
         self._manager.close()
 
-    _whole = True
-
     def _wait(self) -> None:
-        saving, self._saving = self._saving, None
-        if saving is None:
+        if self._saving is None:
             return
+        (step, is_best), self._saving = self._saving, None
         try:
             self._manager.wait_until_finished()
-            self.last, self._whole = saving, True
         except Exception as error:
-            self._failed(saving, error)
+            self._failed(step, error)
+            return
+        self.last, self._whole = step, True
+        if is_best:  # not before: the one that was the best stays until this one is there
+            self._best[:] = [step]
 
     def _failed(self, step: int, error: Exception) -> None:
         self._whole = False
