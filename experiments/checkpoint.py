@@ -7,6 +7,7 @@ A folder gets its name when all of it is written, so an interrupted save leaves 
 either: a checkpoint is restored only if every leaf of every worker has the checksum that it had on the devices.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -81,6 +83,8 @@ class Checkpoints:
         self._folder, self._best = workdir / FOLDER, [] if best is None else [best]
         self.last = max(steps(workdir), default=None)  # the last that is known to be whole
         self._saving: tuple[int, bool] | None = None  # step, and whether it is the best
+        self._begun: Future = Future()
+        self._thread = ThreadPoolExecutor(1)
         self._whole = True
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastAndBest(keep, self._best),
@@ -92,18 +96,30 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, record: dict[str, Any], *, is_best: bool = False) -> None:
         """Begin to save the state after `step`; it waits for the save before it, and returns once it has a copy.
 
-        What cannot be written is said, and the run goes on. Raises `Diverged` for a state that is not finite.
+        What cannot be written is said, and the run goes on. A state that is not finite is not saved: this, the next
+        call or `wait` raises `Diverged`.
         """
-        record = {**record, "format": FORMAT, "step": step, **_inspected(step, state)}
-        record["digest"] = _digest(record)
         self._wait()
-        try:
+
+        def begin(state: PyTree, inspected: tuple[jax.Array, ...]) -> None:
             with jax.transfer_guard("allow"):  # to the host, which is asked for
-                item = ocp.args.Composite(state=ocp.args.PyTreeSave(_gathered(state)), record=ocp.args.JsonSave(record))
+                whole = {**record, "format": FORMAT, "step": step, **_described_leaves(step, state, inspected)}
+                whole["digest"] = _digest(whole)
+                item = ocp.args.Composite(state=ocp.args.PyTreeSave(_gathered(state)), record=ocp.args.JsonSave(whole))
                 self._manager.save(step, args=item, force=True)
-            self._saving = step, is_best
-        except Exception as error:  # of a full disk, tensorstore and orbax raise what they like
-            self._failed(step, error)
+
+        self._saving, inspected = (step, is_best), _inspect(state)
+        if jax.process_count() == 1 and all(leaf.nbytes < SMALL for leaf in jax.tree.leaves(state)):
+            # The loop goes on at once, with the state that it donates; who writes has the copy.
+            self._begun = self._thread.submit(begin, _copied(state), inspected)
+            return
+        self._begun = Future()
+        try:
+            begin(state, inspected)
+            self._begun.set_result(None)
+        except Exception as error:
+            self._begun.set_exception(error)
+            self._wait()
 
     def wait(self) -> bool:
         """Wait until all is written; whether the last save was."""
@@ -111,7 +127,9 @@ class Checkpoints:
         return self._whole
 
     def close(self) -> None:
-        self._wait()
+        with contextlib.suppress(Diverged):  # of a run that ends by another error; else `wait` has raised it
+            self._wait()
+        self._thread.shutdown()
         self._manager.close()
 
     def _wait(self) -> None:
@@ -119,8 +137,11 @@ class Checkpoints:
             return
         (step, is_best), self._saving = self._saving, None
         try:
+            self._begun.result()
             self._manager.wait_until_finished()
-        except Exception as error:
+        except Diverged:
+            raise
+        except Exception as error:  # of a full disk, tensorstore and orbax raise what they like
             self._failed(step, error)
             return
         self.last, self._whole = step, True
@@ -181,7 +202,9 @@ def restore(workdir: pathlib.Path, record: dict[str, Any], like: PyTree) -> PyTr
             return handler.restore(epath.Path(path.absolute()), args=args)
     except Exception as error:  # tensorstore's, orbax's, the file system's: whatever is in the way, it is not whole
         lines = str(error).splitlines() or [""]
-        raise Damaged(f"it cannot be read: {type(error).__name__}: {lines[0][:300]}") from None
+        raise Damaged(
+            f"it cannot be read: {type(error).__name__}: {lines[0].split(' See full TensorStore')[0][:300]}"
+        ) from None
     finally:
         handler.close()
 
@@ -234,13 +257,20 @@ def _gathered(state: PyTree) -> PyTree:
     """
     if jax.process_count() > 1:
         return state
-    return jax.tree.map(lambda x: np.array(x) if x.nbytes < SMALL else x, state)
+    small = [leaf for leaf in jax.tree.leaves(state) if leaf.nbytes < SMALL]
+    copies = map(np.array, jax.device_get(small))
+    return jax.tree.map(lambda x: next(copies) if x.nbytes < SMALL else x, state)
 
 
-def _inspected(step: int, state: PyTree) -> dict[str, Any]:
-    """Shape, dtype and checksum of every leaf by name, and the checksums of every worker."""
+@jax.jit
+def _copied(state: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, state)
+
+
+def _described_leaves(step: int, state: PyTree, inspected: tuple[jax.Array, ...]) -> dict[str, Any]:
+    """Shape, dtype and checksum of every leaf by name, and the checksums of every worker. Raises `Diverged`."""
     names, leaves, _ = flatten(state)
-    of_leaves, of_workers, finite = processes.fetch(_inspect(state))
+    of_leaves, of_workers, finite = processes.fetch(inspected)
     for name, workers in zip(names, finite, strict=True):
         if not workers.all():
             bad = np.flatnonzero(~workers)

@@ -229,6 +229,8 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
                     save(step)
                 if ends and step < job.num_steps:
                     raise Preempted(f"ended at step {step} of {job.num_steps} by SIGTERM: {left(saves, step)}")
+            if saves is not None:
+                saves.wait()
     return state, log
 
 
