@@ -153,14 +153,22 @@ def main(argv: Sequence[str]) -> int:
     return int(equal < len(rows))
 
 
+def words_of(text: str) -> list[str]:
+    return text.split(",")
+
+
+def numbers_of(text: str) -> list[int]:
+    return [int(word) for word in words_of(text)]
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """This program's own flags, and `train_flags`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = lambda text: text.split(",")  # noqa: E731
-    numbers = lambda text: [int(word) for word in words(text)]  # noqa: E731
     parser.add_argument("--runs", type=int, default=50, help="trials, dealt out over the configurations")
-    parser.add_argument("--processes", type=numbers, default=[1], help=f"numbers of processes, divisors of {DEVICES}")
-    parser.add_argument("--algorithms", type=words, default=["crossover"])
+    parser.add_argument(
+        "--processes", type=numbers_of, default=[1], help=f"numbers of processes, divisors of {DEVICES}"
+    )
+    parser.add_argument("--algorithms", type=words_of, default=["crossover"])
     parser.add_argument("--seed", type=int, default=0, help="of when and whom to kill")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")

@@ -214,17 +214,18 @@ def recalibrated(
 def measured(workdir: pathlib.Path, restored: Restored, own: PyTree, params: PyTree, model_state: PyTree) -> Figures:
     """The exported model, evaluated; its workers as the run did, or anew where it did not at this step."""
     record, program = restored.record, restored.program
-    predict = lambda *args: program.apply(*args, train=False)[0]  # noqa: E731
     step, size = record["step"], min(BATCH, restored.config.eval_batch_size)
     batches = partial(data.eval_batches, restored.eval_set, batch_size=size)
     as_it_is = program.algorithm._replace(model=lambda params, state: params)
     alone = jax.tree.map(lambda x: x[None], TrainState(params, model_state, ()))
-    row = make_evaluate(predict, as_it_is, 1)(step, alone, batches())
+    row = make_evaluate(program.predict, as_it_is, 1)(step, alone, batches())
     rows = report.read_rows(workdir, step) if (workdir / report.METRICS).is_file() else []
     if rows and rows[-1]["step"] == step and "eval/workers/accuracy" in rows[-1]:
         workers, source = rows[-1], f"from the run's `{report.METRICS}`"
     else:
-        workers = make_evaluate(predict, program.algorithm, record["num_workers"])(step, restored.state, batches())
+        workers = make_evaluate(program.predict, program.algorithm, record["num_workers"])(
+            step, restored.state, batches()
+        )
         source = "computed from the checkpoint"
     workers = workers | {"consensus_distance": float(jax.device_get(cj.consensus_distance(own)))}
     return Figures(step, row["eval/mean/accuracy"], row["eval/mean/loss"], workers, source)

@@ -42,6 +42,10 @@ class Program(NamedTuple):
     place_batch: Callable[[PyTree], PyTree]
     place_step: Callable[[int], jax.Array]
 
+    def predict(self, params: PyTree, model_state: PyTree, image: jax.Array) -> jax.Array:
+        """Logits, as in evaluation."""
+        return self.apply(params, model_state, image, train=False)[0]
+
 
 def make_program(
     config: ml_collections.ConfigDict, dataset: data.Dataset, where: Mesh | int, num_steps: int
@@ -77,7 +81,10 @@ def make_program(
     if cut is not None and cut.is_equal and not isinstance(where, int) and where.size > config.num_workers:
         cut = None  # each device cuts its own part
     leaves = describe_leaves(params, cut)
-    init = lambda: init_state(*build(), algorithm)  # noqa: E731
+
+    def init() -> TrainState:
+        return init_state(*build(), algorithm)
+
     return Program(algorithm, apply, leaves, init, shapes, specs, step, *placements(where))
 
 

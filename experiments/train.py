@@ -129,8 +129,7 @@ def train(
         def batches(first_step: int, rollbacks: int) -> Iterator[PyTree]:
             return map(program.place_batch, train_batches(config, train_set, program.batch_part, first_step, rollbacks))
 
-        predict = lambda *args: program.apply(*args, train=False)[0]  # noqa: E731
-        evaluate = make_evaluate(predict, program.algorithm, where, program.specs)
+        evaluate = make_evaluate(program.predict, program.algorithm, where, program.specs)
         eval_batches = partial(data.eval_batches, eval_set, batch_size=config.eval_batch_size)
         like = cj.abstract_copies(program.shapes, where, specs=program.specs)
         compiled = program.step.lower(like, next(batches(0, 0)), program.place_step(0)).compile()
