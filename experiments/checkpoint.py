@@ -109,16 +109,11 @@ class Checkpoints:
                 self._manager.save(step, args=item, force=True)
 
         self._saving, inspected = (step, is_best), _inspect(state)
-        if jax.process_count() == 1 and all(leaf.nbytes < SMALL for leaf in jax.tree.leaves(state)):
-            # The loop goes on at once, with the state that it donates; who writes has the copy.
-            self._begun = self._thread.submit(begin, _copied(state), inspected)
-            return
-        self._begun = Future()
-        try:
-            begin(state, inspected)
-            self._begun.set_result(None)
-        except Exception as error:
-            self._begun.set_exception(error)
+        # The loop donates the state to the next step: it goes on at once if who writes has a copy on the devices, else
+        # when orbax has its own, on the host.
+        is_copied = jax.process_count() == 1 and all(leaf.nbytes < SMALL for leaf in jax.tree.leaves(state))
+        self._begun = self._thread.submit(begin, _copied(state) if is_copied else state, inspected)
+        if not is_copied and self._begun.exception():
             self._wait()
 
     def wait(self) -> bool:
