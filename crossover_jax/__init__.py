@@ -4,6 +4,7 @@ from crossover_jax.algorithms import Algorithm as Algorithm
 from crossover_jax.algorithms import as_optax as as_optax
 from crossover_jax.algorithms import average_grads as average_grads
 from crossover_jax.algorithms import mix_after as mix_after
+from crossover_jax.algorithms import mix_all as mix_all
 from crossover_jax.algorithms import mix_during as mix_during
 from crossover_jax.algorithms import push_sum as push_sum
 from crossover_jax.consensus import check_copies as check_copies
@@ -12,6 +13,8 @@ from crossover_jax.cuts import Cut as Cut
 from crossover_jax.cuts import by_module as by_module
 from crossover_jax.cuts import by_size as by_size
 from crossover_jax.cuts import whole as whole
+from crossover_jax.lars import lars as lars
+from crossover_jax.lars import scale_by_trust_ratio as scale_by_trust_ratio
 from crossover_jax.mesh import make_mesh as make_mesh
 from crossover_jax.mixing import Mix as Mix
 from crossover_jax.mixing import average as average
@@ -19,6 +22,7 @@ from crossover_jax.mixing import chain as chain
 from crossover_jax.mixing import every as every
 from crossover_jax.mixing import gossip as gossip
 from crossover_jax.mixing import is_channels as is_channels
+from crossover_jax.mixing import repeat as repeat
 from crossover_jax.presets import allreduce_sgd as allreduce_sgd
 from crossover_jax.presets import crossover_sgd as crossover_sgd
 from crossover_jax.presets import crossover_sgd_paper as crossover_sgd_paper

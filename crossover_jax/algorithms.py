@@ -77,6 +77,44 @@ def mix_during(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
     return Algorithm(optimizer.init, update)
 
 
+def mix_all(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
+    """Step, then mix parameters and momentum: x <- W(x + u), m <- W m, at twice the bytes of `mix_after`.
+
+    Whatever the optimizer keeps in the shape of the parameters travels along, with the same peers: workers that share
+    their momentum disagree less, for what drives them apart is what their own momentum remembers. With
+    `gossip(..., wire="bfloat16")` both together are the bytes of one float32 model.
+
+    `init` raises `ValueError` where the optimizer keeps nothing of that shape.
+
+    >>> from crossover_jax import average
+    >>> algorithm = mix_all(optax.sgd(1.0, momentum=0.5), average())
+    >>> x, grads = jnp.zeros(4), jnp.arange(4.0)
+    >>> state = jax.vmap(algorithm.init)(x)
+    >>> x, state = jax.vmap(algorithm.update, in_axes=(0, 0, 0, None), axis_name="worker")(grads, state, x, 0)
+    >>> x.tolist(), state[0].trace.tolist()
+    ([-1.5, -1.5, -1.5, -1.5], [1.5, 1.5, 1.5, 1.5])
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def is_like(params: PyTree) -> Callable[[PyTree], bool]:
+        shapes, structure = [x.shape for x in jax.tree.leaves(params)], jax.tree.structure(params)
+        return lambda x: jax.tree.structure(x) == structure and [y.shape for y in jax.tree.leaves(x)] == shapes
+
+    def init(params):
+        state, is_momentum = optimizer.init(params), is_like(params)
+        if not any(map(is_momentum, jax.tree.leaves(state, is_leaf=is_momentum))):
+            raise ValueError("`optimizer` must keep momentum in the shape of the parameters, this one keeps none.")
+        return state
+
+    def update(grads, state, params, step, **extra):
+        is_momentum = is_like(params)
+        updates, state = optimizer.update(grads, state, params, **extra)
+        state = jax.tree.map(lambda x: mix(x, step) if is_momentum(x) else x, state, is_leaf=is_momentum)
+        return mix(optax.apply_updates(params, updates), step), state
+
+    return Algorithm(init, update)
+
+
 def average_grads(optimizer: optax.GradientTransformation, axis: str = "worker", *, specs: PyTree = None) -> Algorithm:
     """Synchronous data parallelism, AllReduce-SGD: every worker steps with the gradient averaged over all workers.
 

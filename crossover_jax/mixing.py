@@ -21,6 +21,7 @@ from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.tables import Table
 
 PyTree = Any
+WIRES = ("float32", "bfloat16", "float16")  # what messages may be sent in
 Step = Integer[Array, ""] | int | np.integer
 Mix = Callable[[PyTree, Step], PyTree]
 
@@ -33,6 +34,7 @@ def gossip(
     *,
     where: Callable[[str], bool] | None = None,
     specs: PyTree = None,
+    wire: str | None = None,
 ) -> Mix:
     """Mix every segment of a tree with the peers that `table` names: x_i <- Σ_j W[i, j] x_j, W = pool.matrix(round).
 
@@ -50,9 +52,13 @@ def gossip(
     worker: PartitionSpecs over the inner axes, or a prefix of such a tree; None means whole on every device or, with
     Explicit axes, as their types say. `by_size` then cuts each device's part, and JAX cannot differentiate through.
 
+    `wire="bfloat16"` sends half the bytes of float32 and keeps the sum over workers all the same: everybody takes out
+    what he sent, x_i <- x_i + Σ_j W[i, j] (Q(x_j) − Q(x_i)), with Q(x) what the message says of x. Workers then agree
+    to the rounding of Q. A wire that is not narrower than a leaf changes nothing.
+
     Raises `ValueError` if the pool does not keep agreement (see `push_sum`), if it is for another number of workers
     than the axis has, if the table names rounds that the pool lacks or has another number of segments than the cut, if
-    the axis is not bound, and if `step` differs between workers where that could hang.
+    the axis is not bound, if `step` differs between workers where that could hang, and for an unknown `wire`.
 
     Reference: Crossover-SGD, arXiv:2012.15198.
 
@@ -65,7 +71,7 @@ def gossip(
     """
     if not pool.keeps_agreement:
         raise ValueError("`pool` must keep agreement (rows of W sum to 1); this one does not: use `push_sum` with it.")
-    return exchange(pool, table, cut, axis, where=where, specs=specs)
+    return exchange(pool, table, cut, axis, where=where, specs=specs, wire=wire)
 
 
 def exchange(
@@ -76,9 +82,12 @@ def exchange(
     *,
     where: Callable[[str], bool] | None = None,
     specs: PyTree = None,
+    wire: str | None = None,
 ) -> Mix:
     """`gossip` for pools that may keep only mass; what it mixes then needs `push_weights` and `unbias`."""
     table = _checked(table, pool, cut)
+    if wire not in (None, *WIRES):
+        raise ValueError(f"`wire` must be None or one of {', '.join(WIRES)}, got {wire!r}.")
 
     def mix(tree: PyTree, step: Step) -> PyTree:
         _check_axis(axis, pool.num_workers)
@@ -88,11 +97,11 @@ def exchange(
             now = traced[0] if traced else step
             if not traced or _is_constant(table):
                 row = table[0 if traced else int(step) % len(table)]
-                return _by_channels(flat, _static_channels(row, packing.bounds), pool, axis)
+                return _by_channels(flat, _static_channels(row, packing.bounds), pool, axis, wire)
             if is_channels(table, cut):
-                return _by_channels(flat, _traced_channels(table, now, packing.bounds), pool, axis)
+                return _by_channels(flat, _traced_channels(table, now, packing.bounds), pool, axis, wire)
             _check_same_step(now, axis)
-            return _by_switch(flat, packing.bounds, _row(table, now), table, pool, axis)
+            return _by_switch(flat, packing.bounds, _row(table, now), table, pool, axis, wire)
 
         return _map_packed(mix_packed, tree, cut, axis, where, specs, *traced)
 
@@ -148,16 +157,16 @@ def _traced_channels(table: Table, step: Any, bounds: tuple[int, ...]) -> Channe
     return [(p, [next(parts) for _ in range(n)]) for p, n in zip(rounds.tolist(), uses.tolist(), strict=True)]
 
 
-def _by_channels(flat: Array, channels: Channels, pool: Pool, axis: str) -> Array:
+def _by_channels(flat: Array, channels: Channels, pool: Pool, axis: str, wire: str | None) -> Array:
     """All segments leave before any is written back: no message waits for another.
 
     The barriers keep two models alive, what left and what arrived: without them the TPU compiler holds `flat` while
     messages arrive and makes room for the result before the last is averaged, 2.8 to 5.1 models (tests/test_memory.py).
     """
     sent = lax.optimization_barrier([_taken(flat, segments) for _, segments in channels])
-    received = [_received(x, pool, p, axis) for x, (p, _) in zip(sent, channels, strict=True)]
+    received = [_received(x, pool, p, axis, wire) for x, (p, _) in zip(sent, channels, strict=True)]
     sent, received = lax.optimization_barrier((sent, received))
-    mixed = [_averaged(x, y, pool, p, axis) for x, y, (p, _) in zip(sent, received, channels, strict=True)]
+    mixed = [_averaged(x, y, pool, p, axis, wire) for x, y, (p, _) in zip(sent, received, channels, strict=True)]
     mixed = lax.optimization_barrier(mixed)
     if sum(x.size for x in mixed) == flat.size:  # nothing stays at home, so `flat` itself is not needed any more
         flat = jnp.zeros_like(flat)
@@ -173,32 +182,52 @@ def _taken(flat: Array, segments: Sequence[tuple[Any, int]]) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def _by_switch(flat: Array, bounds: tuple[int, ...], row: Array, table: Table, pool: Pool, axis: str) -> Array:
+def _by_switch(
+    flat: Array, bounds: tuple[int, ...], row: Array, table: Table, pool: Pool, axis: str, wire: str | None
+) -> Array:
+    def mix_round(p: int, x: Array) -> Array:
+        return x if p < 0 else _averaged(x, _received(x, pool, p, axis, wire), pool, p, axis, wire)
+
     parts = []
     for s in range(table.shape[1]):
         part = flat[bounds[s] : bounds[s + 1]]
         rounds = np.unique(table[:, s])  # only what this segment ever takes is compiled into its switch
-        branches = [(lambda x: x) if p < 0 else (lambda x, p=p: _mix_round(x, pool, p, axis)) for p in rounds.tolist()]
+        branches = [partial(mix_round, p) for p in rounds.tolist()]
         parts.append(lax.switch(jnp.searchsorted(rounds.astype(np.int32), row[s]), branches, part))
     return jnp.concatenate(parts)
 
 
-def _mix_round(x: Array, pool: Pool, p: int, axis: str) -> Array:
-    """x_i <- share[0] x_i + Σ_k share[1 + k] x_j."""
-    return _averaged(x, _received(x, pool, p, axis), pool, p, axis)
+def _coded(x: Array, wire: str | None) -> Array:
+    """What a message says of `x`, in the dtype that is sent."""
+    if wire is None or not jnp.issubdtype(x.dtype, jnp.floating) or jnp.dtype(wire).itemsize >= x.dtype.itemsize:
+        return x
+    # Not by a conversion alone: of one there and back the compiler may leave out both ("excess precision").
+    kind = jnp.finfo(wire)
+    return lax.reduce_precision(x, kind.nexp, kind.nmant).astype(wire)
 
 
-def _received(x: Array, pool: Pool, p: int, axis: str) -> list[Array]:
+def _received(x: Array, pool: Pool, p: int, axis: str, wire: str | None) -> list[Array]:
     """One `ppermute` per peer that anybody listens to."""
+    coded = _coded(x, wire)
+    if coded.dtype != x.dtype:  # as bits: a CPU would send a bfloat16 as a float32
+        bits = {2: jnp.uint16, 4: jnp.uint32}[coded.dtype.itemsize]
+        x = lax.bitcast_convert_type(coded, bits)
     # Fixed points are pairs too: vmap refuses partial permutations, and on GPUs they can hang.
     pairs = [[(int(j), i) for i, j in enumerate(pool.receive_from[p, k])] for k in _peers(pool, p)]
-    return [lax.ppermute(x, axis, pairs_of_peer) for pairs_of_peer in pairs if x.size]
+    received = [lax.ppermute(x, axis, pairs_of_peer) for pairs_of_peer in pairs if x.size]
+    return [y if y.dtype == coded.dtype else lax.bitcast_convert_type(y, coded.dtype) for y in received]
 
 
-def _averaged(x: Array, received: list[Array], pool: Pool, p: int, axis: str) -> Array:
-    """In float32 at least, and returned in the dtype of `x`."""
-    wide = widened(x.dtype)
-    mixed = _shared(pool.share[p, 0], x.astype(wide), axis)
+def _averaged(x: Array, received: list[Array], pool: Pool, p: int, axis: str, wire: str | None) -> Array:
+    """x_i <- share[0] x_i + Σ_k share[1 + k] x_j, in float32 at least, returned in the dtype of `x`.
+
+    With Q(x) in the messages it is x_i − (1 − share[0]) Q(x_i) + Σ_k share[1 + k] Q(x_j), which keeps the sum over i.
+    """
+    wide, own = widened(x.dtype), _coded(x, wire)
+    if own.dtype == x.dtype:
+        mixed = _shared(pool.share[p, 0], x.astype(wide), axis)
+    else:
+        mixed = x.astype(wide) - _shared(1 - pool.share[p, 0], own.astype(wide), axis)
     for k, message in zip(_peers(pool, p), received, strict=bool(x.size)):
         mixed = mixed + _shared(pool.share[p, 1 + k], message.astype(wide), axis)
     return mixed.astype(x.dtype)
@@ -262,6 +291,27 @@ def every(k: int, mix: Mix, axis: str = "worker") -> Mix:
         return lax.cond(step % k == k - 1, lambda tree: mix(tree, step // k), lambda tree: tree, tree)
 
     return mix if k == 1 else mix_sometimes
+
+
+def repeat(k: int, mix: Mix) -> Mix:
+    """Apply `mix` `k` times at each step, as its steps k·step to k·step + k − 1: the next rounds of its table.
+
+    Raises `ValueError` for k < 1.
+
+    >>> from crossover_jax import cycle, exponential, gossip, whole
+    >>> mix = repeat(2, gossip(exponential(4), cycle(1, 2), whole()))
+    >>> jax.vmap(mix, in_axes=(0, None), axis_name="worker")(jnp.arange(4.0), 0).tolist()
+    [1.5, 1.5, 1.5, 1.5]
+    """
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, got {k}.")
+
+    def mix_again(tree: PyTree, step: Step) -> PyTree:
+        for i in range(k):
+            tree = mix(tree, k * step + i)
+        return tree
+
+    return mix if k == 1 else mix_again
 
 
 def chain(*mixes: Mix) -> Mix:

@@ -9,9 +9,9 @@ from typing import Any
 
 import optax
 
-from crossover_jax.algorithms import Algorithm, average_grads, mix_after, mix_during, push_sum
+from crossover_jax.algorithms import Algorithm, average_grads, mix_after, mix_all, mix_during, push_sum
 from crossover_jax.cuts import Cut, by_size, whole
-from crossover_jax.mixing import Table, average, every, gossip
+from crossover_jax.mixing import Table, average, every, gossip, repeat
 from crossover_jax.topology.graphs import exponential, ring
 from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.random import balanced, latin, pull
@@ -30,6 +30,9 @@ def crossover_sgd(
     table: Table | None = None,
     during: bool = False,
     local_steps: int = 1,
+    rounds: int = 1,
+    share_momentum: bool = False,
+    wire: str | None = None,
     seed: int = 0,
     axis: str = "worker",
     where: Callable[[str], bool] | None = None,
@@ -40,9 +43,10 @@ def crossover_sgd(
     By default a pool of about max(8, 2 log2 n) distinct shifts (`latin`), as many equal segments (`by_size`), and at
     each step a random assignment of one to the other (`shuffle`): one message of 1/P of the model out and in per worker
     and channel, one model in all. With a `cut` into S equal segments the pool has as many rounds as divide S.
-    `during=True` mixes while the gradient is taken; `local_steps=k` exchanges after each k steps; `where` and `specs`
-    are `gossip`'s. All processes must use one `seed`. Raises `ValueError` for fewer than one worker and for a pool of
-    another number.
+    `during=True` mixes while the gradient is taken; `local_steps=k` exchanges after each k steps, `rounds=k` k times at
+    each; `share_momentum=True` exchanges the optimizer's momentum too (`mix_all`), with `wire="bfloat16"` in the bytes
+    of one float32 model; `where`, `specs` and `wire` are `gossip`'s. All processes must use one `seed`. Raises
+    `ValueError` for fewer than one worker, for a pool of another number and for `during` and `share_momentum` together.
 
     Reference: Crossover-SGD, arXiv:2012.15198.
 
@@ -55,8 +59,12 @@ def crossover_sgd(
         raise ValueError(f"`pool` must be for `num_workers` = {num_workers} workers, got one for {pool.num_workers}.")
     cut = by_size(pool.num_rounds) if cut is None else cut
     table = shuffle(cut.num_segments, pool.num_rounds, seed=seed) if table is None else table
-    mix = every(local_steps, gossip(pool, table, cut, axis, where=where, specs=specs), axis)
-    return (mix_during if during else mix_after)(optimizer, mix)
+    if during and share_momentum:
+        raise ValueError("`during` and `share_momentum` must not both be True: momentum is shared after the step.")
+    mix = repeat(rounds, gossip(pool, table, cut, axis, where=where, specs=specs, wire=wire))
+    mix = every(local_steps, mix, axis)
+    order = mix_all if share_momentum else mix_during if during else mix_after
+    return order(optimizer, mix)
 
 
 def crossover_sgd_paper(

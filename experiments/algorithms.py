@@ -33,6 +33,9 @@ def _crossover(c, optimizer, n, params, specs):
         cut=make_cut(c, n, params),
         during=c.during,
         local_steps=c.local_steps,
+        rounds=c.rounds,
+        share_momentum=c.share_momentum,
+        wire=c.wire,
         seed=c.seed,
         specs=specs,
     )
@@ -88,17 +91,31 @@ def require_known(key: str, name: str, names: Iterable[str]) -> None:
         raise ValueError(f"`{key}` must be one of {', '.join(names)}, got {name!r}{hint}")
 
 
-def make_optimizer(config: ml_collections.ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """Momentum SGD or AdamW with linear warm-up and cosine decay to zero; weight decay on matrices and filters only.
+def make_optimizer(
+    config: ml_collections.ConfigDict, num_steps: int, learning_rate: jax.Array | None = None
+) -> optax.GradientTransformation:
+    """Momentum SGD, LARS or AdamW; weight decay on matrices and filters only, which alone have LARS' trust ratios.
 
-    `config.warmup` is a part of all steps: of w steps of warm-up the first takes 1 / (w + 1) of the learning rate.
-    Raises `ValueError` for an unknown `config.name`.
+    The learning rate is `config.learning_rate`, or `learning_rate`, which may be traced, times `make_schedule`'s.
+    Raises `ValueError` for an unknown `config.name`, or `config.decay`.
     """
-    require_known("config.optimizer.name", config.name, ("sgd", "adamw"))
-    warmup = round(config.warmup * num_steps)
-    schedule = optax.schedules.warmup_cosine_decay_schedule(
-        config.learning_rate / (warmup + 1), config.learning_rate, warmup, max(num_steps, warmup + 1)
-    )
+    require_known("config.optimizer.name", config.name, ("sgd", "lars", "adamw"))
+    shape = make_schedule(config, num_steps)
+    peak = config.learning_rate if learning_rate is None else learning_rate
+
+    def schedule(step):
+        return peak * shape(step)
+
+    if config.name == "lars":
+        return cj.lars(
+            schedule,
+            momentum=config.momentum,
+            weight_decay=lambda step: config.weight_decay * shape(step),
+            coefficient=config.trust_coefficient,
+            nesterov=config.nesterov,
+            mask=_is_matrix,
+            axis="worker" if config.average_norms else None,
+        )
     if config.name == "adamw":
         return optax.adamw(
             schedule,
@@ -112,6 +129,28 @@ def make_optimizer(config: ml_collections.ConfigDict, num_steps: int) -> optax.G
         optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     )
+
+
+def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
+    """Linear warm-up to 1 and decay: a cosine to zero, or (1 - t) to the `config.power`th from 1 to `config.end`.
+
+    `config.warmup` and `config.tail`, where it stays at the end, are parts of all steps: of w steps of warm-up the
+    first takes 1 / (w + 1).
+
+    >>> from experiments.configs import imagenet_resnet50_crossover
+    >>> shape = make_schedule(imagenet_resnet50_crossover.get_config().optimizer, 100)
+    >>> [round(float(shape(step)), 4) for step in (0, 40, 70, 98, 100)]
+    [0.0244, 1.0, 0.2035, 0.0025, 0.0025]
+    """
+    require_known("config.optimizer.decay", config.decay, ("cosine", "polynomial"))
+    warmup = round(config.warmup * num_steps)
+    last = max(num_steps, warmup + 1)
+    if config.decay == "cosine":
+        return optax.schedules.warmup_cosine_decay_schedule(1 / (warmup + 1), 1.0, warmup, last)
+    rise = optax.schedules.linear_schedule(1 / (warmup + 1), 1.0, warmup)
+    until = max(last - round(config.tail * num_steps), warmup + 1)
+    fall = optax.schedules.polynomial_schedule(1.0, config.end, config.power, until - warmup)
+    return optax.schedules.join_schedules([rise, fall], [warmup])
 
 
 def _is_matrix(params: PyTree) -> PyTree:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,13 +21,14 @@ Predict = Callable[[PyTree, PyTree, jax.Array], jax.Array]
 
 
 def make_evaluate(
-    predict: Predict, algorithm: Algorithm, where: Mesh | int, specs: TrainState | None = None
+    predict: Predict, algorithm: Algorithm, where: Mesh | int, specs: TrainState | None = None, *, workers: bool = True
 ) -> Callable[[int, TrainState, Iterable[PyTree]], dict[str, float]]:
     """A function `(step, state, batches) -> metrics` under the keys of `metrics.jsonl`.
 
     Batches are numpy's, with `image`, `label` and a `mask` of the examples that count, `[rows, ...]`, the same for all
     workers. The averaged model has the average of the workers' parameters and of their BatchNorm statistics. On a mesh
     the number of rows must be a multiple of the devices that share them; `specs` is how the state lies inside a worker.
+    Without `workers` only the averaged model is evaluated, which is as many times faster as there are workers.
     The function raises `Diverged`, naming `step`.
     """
     totals = partial(_totals, predict)
@@ -51,19 +53,20 @@ def make_evaluate(
         own = models(state)
         averaged = mean(own)
         counts = [
-            (of_mean(averaged, place_for_mean(batch)), of_workers(own, place_for_workers(batch))) for batch in batches
+            (of_mean(averaged, place_for_mean(batch)), of_workers(own, place_for_workers(batch)) if workers else None)
+            for batch in batches
         ]
         distance = consensus_distance(own[0])
-        (mean_right, mean_loss, count), (right, loss, _) = processes.fetch(_sum(counts))
-        fetch(step, [{"evaluation loss": loss / count}])
-        return {
-            "eval/mean/accuracy": float(mean_right / count),
-            "eval/mean/loss": float(mean_loss / count),
-            "eval/workers/accuracy": float(right.mean() / count),
-            "eval/workers/accuracy_min": float(right.min() / count),
-            "eval/workers/accuracy_max": float(right.max() / count),
-            "consensus_distance": float(jax.device_get(distance)),
-        }
+        (right, loss, count), of_each = processes.fetch(_sum(counts))
+        fetch(step, [{"evaluation loss": np.ravel(loss if of_each is None else of_each[1]) / count}])
+        row = {"eval/mean/accuracy": float(right / count), "eval/mean/loss": float(loss / count)}
+        if of_each is not None:
+            row |= {
+                "eval/workers/accuracy": float(of_each[0].mean() / count),
+                "eval/workers/accuracy_min": float(of_each[0].min() / count),
+                "eval/workers/accuracy_max": float(of_each[0].max() / count),
+            }
+        return {**row, "consensus_distance": float(jax.device_get(distance))}
 
     return evaluate
 

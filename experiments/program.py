@@ -48,9 +48,19 @@ class Program(NamedTuple):
 
 
 def make_program(
-    config: ml_collections.ConfigDict, dataset: data.Dataset, where: Mesh | int, num_steps: int
+    config: ml_collections.ConfigDict,
+    dataset: data.Dataset,
+    where: Mesh | int,
+    num_steps: int,
+    *,
+    seed: int | jax.Array | None = None,
+    learning_rate: jax.Array | None = None,
 ) -> Program:
-    """Nothing is computed yet. Raises `ValueError` for settings that do not fit together."""
+    """Nothing is computed yet. Raises `ValueError` for settings that do not fit together.
+
+    `seed` and `learning_rate` stand for the config's; traced, they make one compiled program of many runs.
+    """
+    seed = config.seed if seed is None else seed
     graphdefs = []
 
     def build() -> tuple[PyTree, PyTree]:
@@ -58,7 +68,7 @@ def make_program(
             config.model.name,
             num_classes=dataset.num_classes,
             image_shape=dataset.image_shape,
-            seed=config.seed,
+            seed=seed,
             **config.model.options,
         )
         graphdefs.append(graphdef)
@@ -67,16 +77,15 @@ def make_program(
     params, model_state = jax.eval_shape(build)
     graphdef = graphdefs[0]
     of_params = None if isinstance(where, int) else param_specs(config, where, graphdef, params, model_state)
-    optimizer = make_optimizer(config.optimizer, num_steps)
+    optimizer = make_optimizer(config.optimizer, num_steps, learning_rate)
     algorithm = make_algorithm(config.algorithm, optimizer, config.num_workers, params, of_params)
     shapes = jax.eval_shape(partial(init_state, algorithm=algorithm), params, model_state)
     specs = None
     if of_params is not None:
         specs = TrainState(of_params, P(), cj.state_specs(shapes.algorithm, params, of_params))
     apply = make_apply(graphdef, dataset)
-    step = make_train_step(
-        partial(loss_fn, apply), algorithm, where, seed=config.seed, micro_batches=config.micro_batches, specs=specs
-    )
+    loss = partial(loss_fn, apply, label_smoothing=config.label_smoothing)
+    step = make_train_step(loss, algorithm, where, seed=seed, micro_batches=config.micro_batches, specs=specs)
     cut = make_cut(config.algorithm, config.num_workers, params)
     if cut is not None and cut.is_equal and not isinstance(where, int) and where.size > config.num_workers:
         cut = None  # each device cuts its own part
@@ -217,12 +226,15 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         "log_every": (config.log_every >= 1, "at least 1"),
         "eval_every": (config.eval_every > 0, "positive"),
         "eval_batch_size": (config.eval_batch_size >= 1, "at least 1"),
+        "algorithm.rounds": (config.algorithm.rounds >= 1, "at least 1"),
         "algorithm.local_steps": (config.algorithm.local_steps >= 1, "at least 1"),
         "checkpoint.every": (config.checkpoint.every >= 0, "at least 0"),
         "checkpoint.keep": (config.checkpoint.keep >= 1, "at least 1"),
         "on_nan": (config.on_nan in ("stop", "rollback"), "'stop' or 'rollback'"),
         "max_rollbacks": (config.max_rollbacks >= 0, "at least 0"),
         "optimizer.warmup": (0 <= config.optimizer.warmup <= 1, "from 0 to 1"),
+        "optimizer.tail": (0 <= config.optimizer.tail <= 1 - config.optimizer.warmup, "from 0 to 1 less the warm-up"),
+        "label_smoothing": (0 <= config.label_smoothing < 1, "from 0 to less than 1"),
         "inner.fsdp": (config.inner.fsdp >= 1, "at least 1"),
         "inner.tensor": (config.inner.tensor >= 1, "at least 1"),
     }
@@ -315,10 +327,27 @@ def normalised(image: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
     return (image.astype(jnp.float32) / 255 - centre) / scale
 
 
-def loss_fn(apply: Callable, params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array):
-    """Cross-entropy of one worker's batch, averaged over all labels, its new model state and metrics."""
+def loss_fn(
+    apply: Callable,
+    params: PyTree,
+    model_state: PyTree,
+    batch: PyTree,
+    key: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+):
+    """Cross-entropy of one worker's batch, averaged over all labels, its new model state and metrics.
+
+    Of each label `label_smoothing` is shared evenly by the other classes.
+    """
     logits, model_state = apply(params, model_state, batch["image"], train=True, key=key)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+    if label_smoothing:
+        classes = logits.shape[-1]
+        labels = jax.nn.one_hot(batch["label"], classes)
+        labels = optax.smooth_labels(labels, label_smoothing * classes / (classes - 1))  # which shares it by all
+        loss = optax.softmax_cross_entropy(logits, labels).mean()
+    else:
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
     accuracy = (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)
     return loss, (model_state, {"loss": loss, "accuracy": accuracy})
 

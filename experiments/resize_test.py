@@ -78,7 +78,7 @@ def make_config(args: argparse.Namespace, workers: int, seed: int) -> ml_collect
     config.num_workers, config.simulate, config.batch_size = workers, "yes", 240
     config.dataset.data_dir, config.algorithm.name = args.data_dir, args.algorithm
     config.model.name, config.model.options = "mlp", ml_collections.ConfigDict({"hidden": (64,)})
-    config.steps, config.checkpoint.every, config.checkpoint.keep = END, BEFORE, 3
+    config.steps, config.checkpoint.every, config.checkpoint.keep = END, BEFORE, 100  # all
     return config
 
 

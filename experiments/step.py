@@ -37,7 +37,7 @@ def train_step(
     *,
     loss_fn: LossFn,
     algorithm: Algorithm,
-    seed: int,
+    seed: int | jax.Array,
     micro_batches: int = 1,
     specs: TrainState | None = None,
 ) -> tuple[TrainState, PyTree]:
@@ -90,7 +90,7 @@ def make_train_step(
     algorithm: Algorithm,
     where: Mesh | int,
     *,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     micro_batches: int = 1,
     specs: TrainState | None = None,
 ) -> jax.stages.Wrapped:

@@ -32,7 +32,7 @@ def mixed_by_matrices(tree, step, pool, table, cut):
     row = table[step % len(table)].tolist()
 
     def mix(x, segment):
-        mixed = np.asarray(x, np.float64)
+        mixed = np.array(x, np.float64)
         for s, p in enumerate(row):
             if p >= 0:
                 here = segment == s

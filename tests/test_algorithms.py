@@ -77,8 +77,11 @@ ALGORITHMS = {
         conditionals=1,
         keeps_mean=False,
     ),
+    "bfloat16": Contract(lambda o, n, p: cj.crossover_sgd(o, n, wire="bfloat16"), permutes=7),
+    "shared_momentum": Contract(lambda o, n, p: cj.crossover_sgd(o, n, share_momentum=True), permutes=14),
+    "two_rounds": Contract(lambda o, n, p: cj.crossover_sgd(o, n, rounds=2), permutes=14),
     "phases": Contract(lambda o, n, p: cj.crossover_sgd_phases(o, n), permutes=3),
-    "two_rounds": Contract(
+    "two_pools": Contract(
         lambda o, n, p: cj.mix_after(
             o,
             cj.chain(
@@ -156,7 +159,7 @@ def train(name, where, steps, dtype=np.float32):
 
 def mixed_only(name, steps, tree):
     """`steps` rounds of the algorithm at learning rate zero, from workers that disagree."""
-    algorithm = ALGORITHMS[name].make(optax.sgd(0.0), WORKERS, jax.tree.map(lambda x: x[0], tree))
+    algorithm = ALGORITHMS[name].make(optax.sgd(0.0, momentum=0.9), WORKERS, jax.tree.map(lambda x: x[0], tree))
     state = cj.copies(algorithm.init(jax.tree.map(lambda x: jnp.asarray(x[0]), tree)), WORKERS)
 
     def step(both, t):
@@ -303,11 +306,12 @@ def test_micro_batches_are_one_step_with_the_whole_batch():
 
 
 @pytest.mark.parametrize("where", ["mesh", "simulated"])
-@pytest.mark.parametrize("during", [False, True])
-def test_mixing_after_and_during_the_update_are_their_equations(where, during):
+@pytest.mark.parametrize("order", ["after", "during", "all"])
+def test_mixing_after_during_and_momentum_too_are_their_equations(where, order):
     where = mesh() if where == "mesh" else WORKERS
     pool, table, cut = cj.latin(WORKERS, 4), cj.shuffle(4, 4), cj.by_size(4)
-    algorithm = cj.crossover_sgd(optax.sgd(0.1, momentum=0.9), WORKERS, pool=pool, table=table, cut=cut, during=during)
+    how = {"during": order == "during", "share_momentum": order == "all"}
+    algorithm = cj.crossover_sgd(optax.sgd(0.1, momentum=0.9), WORKERS, pool=pool, table=table, cut=cut, **how)
     x, target = workers_apart(), workers_apart()
     momentum = jax.tree.map(np.zeros_like, x)
     step = cj.per_worker(
@@ -318,12 +322,34 @@ def test_mixing_after_and_during_the_update_are_their_equations(where, during):
         state = step(state, place(target, where), jnp.int32(t))
         momentum = jax.tree.map(lambda m, a, b: 0.9 * m + (a - b), momentum, x, target)
         stepped = jax.tree.map(lambda a, m: a - 0.1 * m, x, momentum)
-        if during:
+        if order == "all":
+            momentum = mixed_by_matrices(momentum, t, pool, table, cut)
+        if order == "during":
             mixed = mixed_by_matrices(x, t, pool, table, cut)
             x = jax.tree.map(lambda a, m: a - 0.1 * m, mixed, momentum)
         else:
             x = mixed_by_matrices(stepped, t, pool, table, cut)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state[0], x)
+
+
+def test_momentum_of_adam_is_shared_and_its_count_is_not():
+    tree = workers_apart()
+    pool, table, cut = cj.latin(WORKERS, 4), cj.shuffle(4, 4), cj.by_size(4)
+    algorithm = cj.mix_all(optax.adam(0.1, b1=0.9, b2=0.8), cj.gossip(pool, table, cut))
+    state = cj.copies(algorithm.init(jax.tree.map(lambda x: jnp.asarray(x[0]), tree)), WORKERS)
+    step = cj.per_worker(lambda g, s, x: algorithm.update(g, s, x, 2)[1][0], WORKERS)
+    found = step(jax.tree.map(jnp.asarray, tree), state, jax.tree.map(jnp.asarray, tree))
+    for moment, share, power in ((found.mu, 0.1, 1), (found.nu, 0.2, 2)):
+        expected = mixed_by_matrices(jax.tree.map(lambda g: share * g**power, tree), 2, pool, table, cut)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), moment, expected)
+    assert found.count.tolist() == [1] * WORKERS
+
+
+def test_momentum_can_be_shared_where_there_is_some():
+    with pytest.raises(ValueError, match="`optimizer` must keep momentum in the shape of the parameters"):
+        cj.crossover_sgd(optax.sgd(0.1), WORKERS, share_momentum=True).init({"w": jnp.zeros(3)})
+    with pytest.raises(ValueError, match="`during` and `share_momentum` must not both be True"):
+        cj.crossover_sgd(optax.adam(0.1), WORKERS, share_momentum=True, during=True)
 
 
 @pytest.mark.parametrize("where", ["mesh", "simulated"])

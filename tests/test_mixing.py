@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
+from crossover_jax.compiled import wire_bytes
 from crossover_jax.mixing import is_channels
 from tests.oracles import POOLS, mixed_by_matrices, pool_of
 
@@ -236,7 +237,71 @@ def test_every_and_chain_with_a_python_integer_are_what_they_are_with_a_traced_o
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b**2, rtol=1e-5), got, mixed)
 
 
+def said_in(wire, tree):
+    """What messages say of a tree, in float64."""
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(wire)).astype(np.float64), tree)
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["latin", "pull", "exponential2", "base"])
+def test_a_narrow_wire_takes_out_what_was_sent_in_both_compiled_forms(name, wire):
+    pool = pool_of(name, 8)
+    segments = pool.num_rounds
+    tree, table = random_tree(8, segments), cj.shuffle(segments, pool.num_rounds, 8, seed=3)
+    channels = cj.by_size(segments)
+    switch = cj.by_module(jax.tree.map(lambda x: x[0], tree), lambda name: name)
+    said = said_in(wire, tree)
+    mixed = mixed_by_matrices(said, 5, pool, table, channels)
+    expected = jax.tree.map(lambda x, q, m: x + (m - q), tree, said, mixed)
+    assert not np.allclose(expected["leaf00"], mixed["leaf00"], **ROUNDING)
+    for where in places(8).values():
+        for cut in (channels, switch):
+            got = run(cj.gossip(pool, table, cut, wire=wire), where, tree, 5)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), got, expected)
+
+
+def test_bfloat16_messages_are_half_as_long_and_keep_the_sum_for_a_thousand_rounds():
+    mesh, tree = places(8)["mesh"], random_tree(8, 4)
+    mixes = [cj.gossip(cj.latin(8, 4), cj.shuffle(4, 4), cj.by_size(4), wire=wire) for wire in (None, "bfloat16")]
+    one = jax.tree.map(lambda x: x[0], tree)
+    sent = [wire_bytes(lambda x, mix=mix: mix(x, 0), one, num_workers=8) for mix in mixes]
+    assert sent[1] == sent[0] / 2
+    placed = jax.device_put(tree, NamedSharding(mesh, P("worker")))
+    text = cj.per_worker(mixes[1], mesh, (1,)).lower(placed, jnp.int32(0)).compile().as_text()
+    assert re.findall(r"= (\w+)\[\d+\]\S* collective-permute\(", text) == ["u16"] * 4  # in the program, not only traced
+    mix = cj.per_worker(mixes[1], 8, (1,))
+    mixed = jax.tree.map(jnp.asarray, tree)
+    for t in range(1000):
+        mixed = mix(mixed, jnp.int32(t))
+    sums = lambda tree: [np.asarray(x, np.float64).sum(0) for x in jax.tree.leaves(tree)]
+    for a, b in zip(sums(mixed), sums(tree), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert 0 < cj.consensus_distance(mixed) < 2**-8 * cj.consensus_distance(tree)
+
+
+def test_what_is_no_wider_than_the_wire_goes_as_it_is():
+    tree = {"half": np.float16(random_tree(8, 1)["leaf00"]), "complex": random_tree(8, 1)["leaf00"] * (1 + 2j)}
+    pool, table, cut = cj.latin(8, 2), cj.shuffle(2, 2), cj.by_size(2)
+    as_it_is, narrow = (run(cj.gossip(pool, table, cut, wire=wire), 8, tree, 3) for wire in (None, "bfloat16"))
+    jax.tree.map(np.testing.assert_array_equal, as_it_is, narrow)
+
+
+def test_repeat_takes_the_next_rounds_of_the_table():
+    pool, table = cj.exponential(8), cj.cycle(1, 3)
+    mix, tree = cj.repeat(2, cj.gossip(pool, table, cj.whole())), random_tree(8, 2)
+    for step in range(4):
+        once = mixed_by_matrices(tree, 2 * step, pool, table, cj.whole())
+        twice = mixed_by_matrices(once, 2 * step + 1, pool, table, cj.whole())
+        static = cj.per_worker(lambda tree, step=step: mix(tree, step), 8, donate=False)
+        for got in (run(mix, 8, tree, step), static(jax.tree.map(jnp.asarray, tree))):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), got, twice)
+
+
 MISTAKES = {
+    "`wire` must be None or one of float32, bfloat16, float16, got 'int4'": lambda: cj.gossip(
+        cj.latin(8, 2), cj.shuffle(2, 2), cj.by_size(2), wire="int4"
+    ),
+    "`k` must be at least 1, got -1": lambda: cj.repeat(-1, cj.average()),
     "for 4 workers, but axis 'worker' has 8": lambda: run(
         cj.gossip(cj.latin(4, 2), cj.shuffle(2, 2), cj.by_size(2)), 8, random_tree(8, 2), 0
     ),

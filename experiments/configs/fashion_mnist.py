@@ -36,21 +36,31 @@ def get_config() -> ml_collections.ConfigDict:
     config.algorithm.name = "crossover"
     config.algorithm.during = False  # mix while the gradient is taken, not after the update
     config.algorithm.local_steps = 1  # optimizer steps between two rounds (crossover, local_sgd)
+    config.algorithm.rounds = 1  # exchanges at each of them (crossover)
+    config.algorithm.share_momentum = False  # exchange the optimizer's momentum too (crossover)
+    config.algorithm.wire = "float32"  # or "bfloat16": what messages are sent in (crossover)
     config.algorithm.peers = 1  # messages per round (sgp)
     config.algorithm.pool_size = 0  # rounds in the pool; 0: chosen by the number of workers
     config.algorithm.segments = 0  # equal parts of the model; 0: as many as rounds
     config.algorithm.seed = 0  # of pool and table
 
     config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.name = "sgd"  # or "adamw"
+    config.optimizer.name = "sgd"  # or "lars", "adamw"
     config.optimizer.learning_rate = 0.1
     config.optimizer.momentum = 0.9  # of adamw, beta 1
     config.optimizer.beta2 = 0.95  # (adamw)
     config.optimizer.nesterov = False
     config.optimizer.weight_decay = 5e-4
     config.optimizer.warmup = 0.1  # part of all steps
+    config.optimizer.decay = "cosine"  # to zero; or "polynomial"
+    config.optimizer.power = 2.2  # (polynomial)
+    config.optimizer.end = 0.0025  # part of the learning rate (polynomial)
+    config.optimizer.tail = 0.0  # part of all steps at the end that stay there (polynomial)
+    config.optimizer.trust_coefficient = 0.0025  # (lars, whose weight decay follows the learning rate)
+    config.optimizer.average_norms = False  # trust ratios from norms averaged over workers (lars)
 
     config.batch_size = 256  # of all workers together
+    config.label_smoothing = 0.0  # shared evenly by the other classes
     config.micro_batches = 1  # the paper's communication interval: parts of a batch whose gradients are accumulated
     config.epochs = 10.0
     config.steps = 0  # 0: from epochs

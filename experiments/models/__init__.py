@@ -43,7 +43,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
 
 
 def build(
-    name: str, *, num_classes: int, image_shape: Sequence[int], seed: int, **options: Any
+    name: str, *, num_classes: int, image_shape: Sequence[int], seed: int | jax.Array, **options: Any
 ) -> tuple[nnx.GraphDef, PyTree, PyTree]:
     """One worker's `(graphdef, params, model_state)` of the model called `name` in `MODELS`.
 

@@ -16,8 +16,8 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import crossover_jax as cj
-from experiments import data, models, processes, program, report, train
-from experiments.algorithms import ALGORITHMS, make_optimizer
+from experiments import algorithms, data, models, processes, program, report, train
+from experiments.algorithms import ALGORITHMS, make_optimizer, make_schedule
 from experiments.configs import fashion_mnist
 from experiments.data.convert import read_tfrecord
 from experiments.step import Diverged
@@ -527,12 +527,46 @@ def test_warm_up_rises_evenly_and_the_last_step_still_learns(config):
     assert rates == pytest.approx([0.025, 0.05, 0.075, *cosine])
 
 
+def test_the_papers_schedule_decays_by_its_power_and_stays_at_the_end(config):
+    own = dict(decay="polynomial", warmup=0.4, tail=0.1, power=2.2, end=0.0025)
+    config.optimizer.update(own)
+    shape = make_schedule(config.optimizer, 20)
+    rates = [float(shape(step)) for step in range(20)]
+    falls = [(1 - 0.0025) * (1 - t / 10) ** 2.2 + 0.0025 for t in range(10)]
+    assert rates == pytest.approx([*((t + 1) / 9 for t in range(8)), *falls, 0.0025, 0.0025], rel=1e-4)
+
+
+def test_lars_takes_the_papers_step(config):
+    own = dict(name="lars", learning_rate=2.0, warmup=0.0, momentum=0.9, weight_decay=0.1, trust_coefficient=0.01)
+    config.optimizer.update(own)
+    optimizer = make_optimizer(config.optimizer, 10)
+    w, g = (np.random.default_rng(i).normal(size=(4, 3)).astype(np.float32) for i in (0, 1))
+    params, grads = {"kernel": w, "norm": w[0]}, {"kernel": g, "norm": g[0]}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    of_w, of_g = np.linalg.norm(w), np.linalg.norm(g)
+    ratio = 0.01 * of_w / (of_g + 0.1 * of_w)
+    np.testing.assert_allclose(updates["kernel"], -2.0 * ratio * (g + 0.1 * w), rtol=1e-5)
+    np.testing.assert_allclose(updates["norm"], -2.0 * g[0], rtol=1e-5)
+
+
+def test_smoothing_shares_a_label_evenly_by_the_other_classes():
+    logits = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    labels = np.array([0, 3, 1, 2, 2])
+    target = np.full((5, 4), 0.3 / 3)
+    target[np.arange(5), labels] = 0.7
+    expected = -(target * np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))).sum(1).mean()
+    apply = lambda params, model_state, image, *, train, key: (image, model_state)
+    batch = {"image": jnp.asarray(logits), "label": jnp.asarray(labels)}
+    loss, _ = program.loss_fn(apply, {}, {}, batch, jax.random.key(0), label_smoothing=0.3)
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_curves_are_drawn_of_rows_without_evaluation(tmp_path):
     rows = [{"step": 1, "epoch": 0.1, "train/loss": 2.0}]
     report.draw_curves(rows, tmp_path / "curves.png", "a run that was stopped early")
     check_picture(tmp_path / "curves.png")
 
 
-@pytest.mark.parametrize("module", [train, report, program, processes])
+@pytest.mark.parametrize("module", [train, report, program, processes, algorithms])
 def test_examples_in_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
