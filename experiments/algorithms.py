@@ -15,21 +15,27 @@ from experiments import models
 PyTree = Any
 
 
+POOLS = {"latin": cj.latin, "balanced": cj.balanced, "derangements": cj.derangements}
+
+
 def make_cut(c: ml_collections.ConfigDict, num_workers: int, params: PyTree) -> cj.Cut | None:
     """How the algorithm of `config.algorithm` divides the model; None if it does not."""
     if c.name == "crossover":
         return cj.by_size(c.segments or c.pool_size or pool_size(num_workers))
     if c.name == "crossover_phases":
         return cj.by_size(cj.exponential(num_workers).num_rounds)
-    return cj.by_module(params, models.fine) if c.name in ("crossover_paper", "crossover_no_balance") else None
+    if c.name in ("crossover_paper", "crossover_no_balance"):
+        return cj.by_size(c.segments) if c.segments else cj.by_module(params, models.fine)
+    return None
 
 
 def _crossover(c, optimizer, n, params, specs):
     """As recommended: `latin`, `shuffle`, `by_size`; 0 `segments` or `pool_size` choose by the number of workers."""
+    require_known("config.algorithm.pool", c.pool, POOLS)
     return cj.crossover_sgd(
         optimizer,
         n,
-        pool=cj.latin(n, c.pool_size, c.seed) if c.pool_size else None,
+        pool=POOLS[c.pool](n, c.pool_size or pool_size(n), c.seed),
         cut=make_cut(c, n, params),
         during=c.during,
         local_steps=c.local_steps,

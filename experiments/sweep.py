@@ -84,35 +84,40 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, help="of final runs, instead of the study's own number")
     parser.add_argument("--arms", type=lambda text: text.split(","), help="only these")
     args = parser.parse_args(argv)
-    study = load_study(args.study)
-    study.config.dataset.data_dir = args.data_dir
-    if args.seeds:
-        study = study._replace(seeds=args.seeds)
-    if args.arms:
-        study = study._replace(arms=chosen(study.arms, args.arms))
-    rows, trained, began = read(args.out), 0, time.perf_counter()
     try:
-        while runs := missing(study, rows):
-            for group in grouped(study, runs):
-                trainer = Trainer(study, group[0])
-                for i in range(0, len(group), args.lanes):
-                    own = train(study, trainer, group[i : i + args.lanes])
-                    append(args.out, own)
-                    rows += own
-                    last = {run_of(row): row for row in own}
-                    trained += len(last)
-                    left = len(missing(study, rows))
-                    hours = left * (time.perf_counter() - began) / trained / 3600
-                    lines = "\n".join(map(line_of, last.values()))
-                    print(f"{lines}   {left} left of this stage, {hours:.1f} h", flush=True)
+        study = load_study(args.study)
+        study.config.dataset.data_dir = args.data_dir
+        study = study._replace(
+            seeds=args.seeds or study.seeds, arms=chosen(study.arms, args.arms) if args.arms else study.arms
+        )
+        rows = run_missing(study, args.out, args.lanes)
     except KeyboardInterrupt:
-        print(f"interrupted after {trained} runs; the same command goes on", file=sys.stderr)
+        print("interrupted; the same command goes on", file=sys.stderr)
         return 130
     except (ValueError, data.DataMissing) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"\n{summary(study, rows)}")
     return 0
+
+
+def run_missing(study: Study, out: pathlib.Path, lanes: int) -> list[Row]:
+    """All rows of the study, those in `out` and those of the runs that were missing there."""
+    rows, trained, began = read(out), 0, time.perf_counter()
+    while runs := missing(study, rows):
+        for group in grouped(study, runs):
+            trainer = Trainer(study, group[0])
+            for i in range(0, len(group), lanes):
+                own = train(study, trainer, group[i : i + lanes])
+                append(out, own)
+                rows += own
+                last = {run_of(row): row for row in own}
+                trained += len(last)
+                left = len(missing(study, rows))
+                hours = left * (time.perf_counter() - began) / trained / 3600
+                lines = "\n".join(map(line_of, last.values()))
+                print(f"{lines}   {left} left of this stage, {hours:.1f} h", flush=True)
+    return rows
 
 
 def load_study(path: pathlib.Path) -> Study:

@@ -560,8 +560,8 @@ def test_a_loss_that_is_nan_leaves_the_last_good_checkpoint_and_names_where(conf
 def test_a_gradient_names_its_parameter_and_segments(config, tmp_path, monkeypatch):
     loss_fn = program.loss_fn
 
-    def spoiled(apply, params, model_state, batch, key):
-        loss, aux = loss_fn(apply, params, model_state, batch, key)
+    def spoiled(apply, params, model_state, batch, key, **smoothing):
+        loss, aux = loss_fn(apply, params, model_state, batch, key, **smoothing)
         bad = (jax.lax.axis_index("worker") == 3) * jnp.inf
         kernel = params["layers"][0]["kernel"]
         return loss + jnp.where(jnp.isnan(bad), 0, bad) * (kernel - jax.lax.stop_gradient(kernel)).sum() * 0, aux

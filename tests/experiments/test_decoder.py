@@ -275,7 +275,7 @@ def test_an_unknown_optimizer_is_refused():
     config = small.get_config().optimizer
     config.name = "adam"
     with pytest.raises(
-        ValueError, match=r"`config\.optimizer\.name` must be one of sgd, adamw, got 'adam', did you mean"
+        ValueError, match=r"`config\.optimizer\.name` must be one of sgd, lars, adamw, got 'adam', did you mean"
     ):
         make_optimizer(config, 10)
 

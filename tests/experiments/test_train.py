@@ -318,8 +318,8 @@ def test_a_gradient_that_is_nan_stops_the_run_though_the_loss_is_finite(config, 
 
     loss_fn = program.loss_fn
 
-    def with_steep_loss(*args):
-        loss, aux = loss_fn(*args)
+    def with_steep_loss(*args, **smoothing):
+        loss, aux = loss_fn(*args, **smoothing)
         return steep(loss), aux
 
     monkeypatch.setattr(program, "loss_fn", with_steep_loss)

@@ -1,0 +1,215 @@
+"""Draw the counterparts of the paper's figures from `results/*.csv`, ours beside theirs, and print what they say.
+
+    python experiments/figures.py --results experiments/results --out figures
+
+Ours is the test accuracy of the averaged model, a mean over seeds with its 95 % interval; theirs is one run of
+ResNet-50 on ImageNet per point. A study that has not been run is left out.
+"""
+
+import argparse
+import csv
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
+
+from experiments import sweep
+
+PAPER = pathlib.Path(__file__).parent / "results" / "paper.csv"
+COLOURS = {"allreduce": "black", "crossover": "tab:blue", "sgp": "tab:orange", "hierarchical": "tab:green"}
+GROUPS = 8  # of the hierarchy in figure 8
+# arm of a study -> method in the paper's CSV
+ABLATIONS = {
+    "paper": "crossover",
+    "no load balancing": "crossover_no_load_balance",
+    "no segments": "crossover_no_segment",
+    "neither": "crossover_no_load_balance_no_segment",
+}
+
+
+class Interval(NamedTuple):
+    """A mean with half of its 95 % interval."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.half:.2f}"
+
+
+Accuracies = Mapping[str, Mapping[int, float]]  # of arms, by seed
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw what there are results for; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=pathlib.Path, default=PAPER.parent)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the PNGs")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(PAPER, newline="") as file:
+        paper = [{name: sweep.number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    for name, draw in STUDIES.items():
+        found = final_accuracies(sweep.read(args.results / f"{name}.csv"))
+        if not found:
+            print(f"{name}: no results")
+            continue
+        figure = draw(found, paper)
+        figure.savefig(args.out / f"{name}.png", dpi=110)
+        print(f"\n{name}: {args.out / f'{name}.png'}\n{table(found)}")
+    return 0
+
+
+def final_accuracies(rows: Sequence[sweep.Row]) -> dict[str, dict[int, float]]:
+    """Test accuracies of the final runs; of one that diverged, 0."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:  # of a run the last row stays
+        if row["stage"] == sweep.FINAL:
+            found.setdefault(row["arm"], {})[row["seed"]] = row["accuracy"] or 0.0
+    return found
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and half of Student's 95 % interval; infinite for one value.
+
+    >>> print(interval([1.0, 2.0, 3.0]))
+    +2.00 ± 2.48
+    """
+    x = np.asarray(values, float)
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.inf
+    return Interval(float(x.mean()), float(half))
+
+
+def paired(of: Mapping[int, float], to: Mapping[int, float]) -> Interval:
+    """How much better `of` is than `to`, over the seeds that both have.
+
+    >>> print(paired({0: 2.0, 1: 4.0}, {0: 1.0, 1: 2.0, 2: 0.0}))
+    +1.50 ± 6.35
+    """
+    return interval([of[seed] - to[seed] for seed in sorted(of.keys() & to.keys())])
+
+
+def baseline_of(arm: str, found: Accuracies) -> str:
+    """The AllReduce that an arm is compared with: that of its batch, where there are several."""
+    own = f"allreduce {arm.rsplit(' ', 1)[-1]}"
+    return own if own in found else "allreduce"
+
+
+def table(found: Accuracies) -> str:
+    """A line per arm: its accuracy, and the paired difference to AllReduce."""
+    lines = []
+    for arm, of_seeds in found.items():
+        own, baseline = interval(list(of_seeds.values())), baseline_of(arm, found)
+        line = f"  {arm:28} {own.mean:6.2f} ± {own.half:.2f}  {len(of_seeds):2} seeds"
+        if baseline in found and baseline != arm:
+            line += f"   to AllReduce {paired(of_seeds, found[baseline])}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# Figures
+
+
+def beside(title: str, unit: str) -> tuple[Figure, Any, Any]:
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    ours, theirs = figure.subplots(1, 2)
+    ours.set(title="ours: perceptron, Fashion-MNIST", xlabel=unit, ylabel="test accuracy, %")
+    theirs.set(title="paper: ResNet-50, ImageNet", xlabel=unit, ylabel="top-1, %")
+    for axes in (ours, theirs):
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    return figure, ours, theirs
+
+
+def plot(axes: Any, points: Mapping[int, Sequence[float]], label: str, **style: Any) -> None:
+    """Means against workers or batch, with intervals where there are several values."""
+    x = sorted(points)
+    intervals = [interval(points[i]) for i in x]
+    halves = [0.0 if np.isinf(own.half) else own.half for own in intervals]
+    axes.errorbar(x, [own.mean for own in intervals], halves, label=label, marker="o", capsize=3, **style)
+
+
+def ours_by(found: Accuracies, prefix: str) -> dict[int, list[float]]:
+    """Accuracies of the arms "prefix n" by n."""
+    split = {arm: arm.rpartition(" ") for arm in found}
+    return {int(n): list(found[arm].values()) for arm, (name, _, n) in split.items() if name == prefix}
+
+
+def theirs_by(paper: Sequence[sweep.Row], figure: str, method: str, key: str, **which: Any) -> dict[int, list[float]]:
+    rows = [row for row in paper if (row["figure"], row["method"]) == (figure, method)]
+    return {row[key]: [row["top1"]] for row in rows if all(row[name] == value for name, value in which.items())}
+
+
+def draw_batch(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
+    figure, ours, theirs = beside("Accuracy by global mini-batch, 8 workers (figure 7)", "global mini-batch")
+    for name in ("allreduce", "sgp", "crossover"):
+        plot(ours, ours_by(found, name), name, color=COLOURS[name])
+        plot(theirs, theirs_by(paper, "figure 7", name, "batch"), name, color=COLOURS[name])
+    ours.legend()
+    return figure
+
+
+def draw_workers(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
+    figure, ours, theirs = beside("Accuracy by number of workers, fixed global batch (figure 8)", "workers")
+    crossover = ours_by(found, "crossover")
+    workers = [n for n in crossover if n >= GROUPS]
+    same = {"allreduce": list(found["allreduce"].values()), "hierarchical": crossover.get(GROUPS)}
+    for name, values in same.items():  # whatever the number of workers
+        if values:
+            label = f"hierarchical, {GROUPS} groups" if name == "hierarchical" else name
+            plot(ours, dict.fromkeys(workers, values), label, color=COLOURS[name])
+    plot(ours, {n: crossover[n] for n in workers}, "crossover", color=COLOURS["crossover"])
+    for peers, line in (("1 peer", "-"), ("2 peers", "--")):
+        plot(ours, ours_by(found, f"sgp, {peers}"), f"sgp, {peers}", color=COLOURS["sgp"], linestyle=line)
+    for name in ("allreduce", "sgp", "crossover"):
+        plot(theirs, theirs_by(paper, "figure 8", name, "workers"), name, color=COLOURS[name])
+    hierarchical = theirs_by(paper, "figure 8", "hierarchical_crossover", "workers")
+    plot(theirs, hierarchical, f"hierarchical, {GROUPS} groups", color=COLOURS["hierarchical"])
+    ours.legend()
+    theirs.legend()
+    return figure
+
+
+def draw_ablations(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
+    figure, ours, theirs = beside("What load balancing and segments are worth", "workers")
+    for name, method in ABLATIONS.items():
+        plot(ours, ours_by(found, name), name)
+        plot(theirs, theirs_by(paper, "ablation", method, "workers"), name)
+    for name in ("crossover", "1 segment", "64 segments", "phases", "one phase"):
+        plot(ours, ours_by(found, name), name, linestyle=":")
+    ours.legend(fontsize="small")
+    theirs.legend(fontsize="small")
+    return figure
+
+
+def draw_bars(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
+    """Differences to AllReduce; the paper has none of these."""
+    del paper
+    figure = Figure(figsize=(8, 0.5 * len(found) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    arms = [arm for arm in found if arm != "allreduce"][::-1]
+    differences = [paired(found[arm], found["allreduce"]) for arm in arms]
+    axes.barh(arms, [own.mean for own in differences], xerr=[own.half for own in differences], capsize=3)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set(xlabel="test accuracy less AllReduce's, points (paired over seeds, 95 %)")
+    axes.grid(alpha=0.3, axis="x")
+    return figure
+
+
+STUDIES = {
+    "batch": draw_batch,
+    "workers": draw_workers,
+    "ablations": draw_ablations,
+    "lars": draw_bars,
+    "gap": draw_bars,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,27 @@
+"""E: what closes the gap between flat gossip of 64 workers and AllReduce, in the bytes of one float32 model per step.
+
+    python experiments/sweep.py experiments/studies/gap.py --out experiments/results/gap.csv
+
+The problem of `workers.py`. Every arm sends at most one float32 model per worker and step.
+"""
+
+from experiments.studies.workers import BATCH, allreduce, get_config
+from experiments.sweep import Arm, Study
+
+WORKERS = 64
+CANDIDATES = {
+    "crossover": {},
+    "momentum too, bfloat16": {"share_momentum": True, "wire": "bfloat16"},
+    "two rounds, bfloat16": {"rounds": 2, "wire": "bfloat16"},
+    "one round, bfloat16": {"wire": "bfloat16"},  # half the bytes
+    "phases": {"name": "crossover_phases"},
+}
+
+
+def get_study() -> Study:
+    problem = f"batch {BATCH}"
+    arms = {"allreduce": allreduce(problem)}
+    for name, settings in CANDIDATES.items():
+        own = {f"algorithm.{key}": value for key, value in {"name": "crossover", **settings}.items()}
+        arms[name] = Arm(problem, {**own, "num_workers": WORKERS})
+    return Study(get_config(), arms, learning_rates=(0.1, 0.2, 0.4), seeds=20)

@@ -1,0 +1,74 @@
+"""Intervals against Student's table, what is compared with what, and pictures that show something."""
+
+import csv
+import doctest
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import figures, sweep
+
+SEEDS = 5
+
+
+def write(path, arms):
+    """Final runs with these accuracies by seed, and a tuning run and a row of a curve that must not count."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, (*sweep.KEY, *sweep.MEASURED))
+        writer.writeheader()
+        for arm, accuracies in arms.items():
+            common = {"arm": arm, "learning_rate": 0.1, "step": 1}
+            writer.writerow({**common, "stage": sweep.TUNING, "seed": 1000, "accuracy": 1.0})
+            for seed, accuracy in enumerate(accuracies):
+                writer.writerow({**common, "stage": sweep.FINAL, "seed": seed, "accuracy": ""})
+                writer.writerow({**common, "stage": sweep.FINAL, "seed": seed, "accuracy": accuracy})
+
+
+def accuracies(mean, seed):
+    return (mean + 0.1 * np.random.default_rng(seed).normal(size=SEEDS)).tolist()
+
+
+STUDIES = {
+    "batch": [f"{name} {batch}" for batch in (512, 2048) for name in ("allreduce", "sgp", "crossover")],
+    "workers": ["allreduce", "crossover 4", "crossover 8", "crossover 64", "sgp, 1 peer 8", "sgp, 2 peers 8"],
+    "ablations": [f"{name} {n}" for n in (8, 64) for name in ("crossover", *figures.ABLATIONS, "phases")],
+    "lars": ["allreduce", "own norms 8", "averaged norms 8"],
+    "gap": ["allreduce", "crossover", "two rounds, bfloat16"],
+}
+
+
+@pytest.mark.parametrize("study", figures.STUDIES)
+def test_every_study_has_a_picture_and_a_table(study, tmp_path, capsys):
+    write(tmp_path / f"{study}.csv", {arm: accuracies(88 - i / 10, i) for i, arm in enumerate(STUDIES[study])})
+    assert figures.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    with Image.open(tmp_path / "out" / f"{study}.png") as image:
+        assert image.width > 500
+        assert len(image.convert("RGB").getcolors(2**24)) > 50
+    printed = capsys.readouterr().out
+    assert printed.count("no results") == len(figures.STUDIES) - 1
+    assert all(f"  {arm} " in printed for arm in STUDIES[study])
+
+
+def test_arms_are_compared_seed_by_seed_with_the_allreduce_of_their_batch(tmp_path):
+    arms = {"allreduce 512": [80.0, 82.0, 84.0], "crossover 512": [81.0, 83.5, 84.5], "allreduce 2048": [1.0, 1.0, 1.0]}
+    write(tmp_path / "batch.csv", arms)
+    found = figures.final_accuracies(sweep.read(tmp_path / "batch.csv"))
+    assert {arm: list(x.values()) for arm, x in found.items()} == arms
+    difference = figures.paired(found["crossover 512"], found[figures.baseline_of("crossover 512", found)])
+    assert difference.mean == pytest.approx(1.0)
+    assert difference.half == pytest.approx(4.3027 * 0.5 / 3**0.5, rel=1e-4)  # t of 2 degrees of freedom, 97.5 %
+    assert figures.baseline_of("crossover 8", {"allreduce": {}, "crossover 8": {}}) == "allreduce"
+
+
+def test_the_papers_numbers_are_in_the_figures():
+    with open(figures.PAPER, newline="") as file:
+        paper = [{name: sweep.number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    crossover = figures.theirs_by(paper, "figure 8", "crossover", "workers")
+    assert crossover == {8: [75.7285], 16: [75.386], 32: [75.115], 64: [74.0555]}
+    for method in figures.ABLATIONS.values():
+        assert list(figures.theirs_by(paper, "ablation", method, "workers")) == [8, 16, 32, 64]
+
+
+def test_examples_in_docstrings_hold():
+    assert doctest.testmod(figures).failed == 0
