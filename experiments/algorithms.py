@@ -102,21 +102,23 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Momentum SGD, LARS or AdamW; weight decay on matrices and filters only, which alone have LARS' trust ratios.
 
-    The learning rate is `config.learning_rate`, or `learning_rate`, which may be traced, times `make_schedule`'s.
-    Raises `ValueError` for an unknown `config.name`, or `config.decay`.
+    The highest learning rate is `config.learning_rate`, or `learning_rate`, which may be traced. Raises `ValueError`
+    for an unknown `config.name` or `config.decay`.
     """
     require_known("config.optimizer.name", config.name, ("sgd", "lars", "adamw"))
-    shape = make_schedule(config, num_steps)
-    peak = config.learning_rate if learning_rate is None else learning_rate
+    if learning_rate is None:
+        schedule = make_schedule(config, num_steps, config.learning_rate)
+    else:
+        shape = make_schedule(config, num_steps, 1.0)
 
-    def schedule(step):
-        return peak * shape(step)
+        def schedule(step):  # optax' own take no traced rate
+            return learning_rate * shape(step)
 
     if config.name == "lars":
         return cj.lars(
             schedule,
             momentum=config.momentum,
-            weight_decay=lambda step: config.weight_decay * shape(step),
+            weight_decay=make_schedule(config, num_steps, config.weight_decay),
             coefficient=config.trust_coefficient,
             nesterov=config.nesterov,
             mask=_is_matrix,
@@ -137,25 +139,25 @@ def make_optimizer(
     )
 
 
-def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
-    """Linear warm-up to 1 and decay: a cosine to zero, or (1 - t) to the `config.power`th from 1 to `config.end`.
+def make_schedule(config: ml_collections.ConfigDict, num_steps: int, peak: float) -> optax.Schedule:
+    """Linear warm-up to `peak` and decay: a cosine to zero, or (1 - t) to the `config.power`th to `config.end` of it.
 
     `config.warmup` and `config.tail`, where it stays at the end, are parts of all steps: of w steps of warm-up the
-    first takes 1 / (w + 1).
+    first takes 1 / (w + 1) of the peak.
 
     >>> from experiments.configs import imagenet_resnet50_crossover
-    >>> shape = make_schedule(imagenet_resnet50_crossover.get_config().optimizer, 100)
-    >>> [round(float(shape(step)), 4) for step in (0, 40, 70, 98, 100)]
+    >>> schedule = make_schedule(imagenet_resnet50_crossover.get_config().optimizer, 100, peak=1.0)
+    >>> [round(float(schedule(step)), 4) for step in (0, 40, 70, 98, 100)]
     [0.0244, 1.0, 0.2035, 0.0025, 0.0025]
     """
     require_known("config.optimizer.decay", config.decay, ("cosine", "polynomial"))
     warmup = round(config.warmup * num_steps)
     last = max(num_steps, warmup + 1)
     if config.decay == "cosine":
-        return optax.schedules.warmup_cosine_decay_schedule(1 / (warmup + 1), 1.0, warmup, last)
-    rise = optax.schedules.linear_schedule(1 / (warmup + 1), 1.0, warmup)
+        return optax.schedules.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, last)
+    rise = optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup)
     until = max(last - round(config.tail * num_steps), warmup + 1)
-    fall = optax.schedules.polynomial_schedule(1.0, config.end, config.power, until - warmup)
+    fall = optax.schedules.polynomial_schedule(peak, config.end * peak, config.power, until - warmup)
     return optax.schedules.join_schedules([rise, fall], [warmup])
 
 

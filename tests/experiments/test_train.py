@@ -530,8 +530,8 @@ def test_warm_up_rises_evenly_and_the_last_step_still_learns(config):
 def test_the_papers_schedule_decays_by_its_power_and_stays_at_the_end(config):
     own = dict(decay="polynomial", warmup=0.4, tail=0.1, power=2.2, end=0.0025)
     config.optimizer.update(own)
-    shape = make_schedule(config.optimizer, 20)
-    rates = [float(shape(step)) for step in range(20)]
+    schedule = make_schedule(config.optimizer, 20, 1.0)
+    rates = [float(schedule(step)) for step in range(20)]
     falls = [(1 - 0.0025) * (1 - t / 10) ** 2.2 + 0.0025 for t in range(10)]
     assert rates == pytest.approx([*((t + 1) / 9 for t in range(8)), *falls, 0.0025, 0.0025], rel=1e-4)
 
