@@ -167,7 +167,7 @@ def draw_workers(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
             plot(ours, dict.fromkeys(workers, values), label, color=COLOURS[name])
     plot(ours, {n: crossover[n] for n in workers}, "crossover", color=COLOURS["crossover"])
     for peers, line in (("1 peer", "-"), ("2 peers", "--")):
-        plot(ours, ours_by(found, f"sgp, {peers}"), f"sgp, {peers}", color=COLOURS["sgp"], linestyle=line)
+        plot(ours, ours_by(found, f"sgp {peers}"), f"sgp, {peers}", color=COLOURS["sgp"], linestyle=line)
     for name in ("allreduce", "sgp", "crossover"):
         plot(theirs, theirs_by(paper, "figure 8", name, "workers"), name, color=COLOURS[name])
     hierarchical = theirs_by(paper, "figure 8", "hierarchical_crossover", "workers")

@@ -11,9 +11,9 @@ from experiments.sweep import Arm, Study
 WORKERS = 64
 CANDIDATES = {
     "crossover": {},
-    "momentum too, bfloat16": {"share_momentum": True, "wire": "bfloat16"},
-    "two rounds, bfloat16": {"rounds": 2, "wire": "bfloat16"},
-    "one round, bfloat16": {"wire": "bfloat16"},  # half the bytes
+    "momentum too in bfloat16": {"share_momentum": True, "wire": "bfloat16"},
+    "two rounds in bfloat16": {"rounds": 2, "wire": "bfloat16"},
+    "one round in bfloat16": {"wire": "bfloat16"},  # half the bytes
     "phases": {"name": "crossover_phases"},
 }
 

@@ -37,5 +37,5 @@ def get_study() -> Study:
     for n in WORKERS[1:]:
         for peers in (1, 2):
             settings = {"algorithm.name": "sgp", "algorithm.peers": peers, "num_workers": n}
-            arms[f"sgp, {peers} peer{'s' * (peers - 1)} {n}"] = Arm(problem, settings)
+            arms[f"sgp {peers} peer{'s' * (peers - 1)} {n}"] = Arm(problem, settings)
     return Study(get_config(), arms, learning_rates=(0.1, 0.2, 0.4))

@@ -31,10 +31,10 @@ def accuracies(mean, seed):
 
 STUDIES = {
     "batch": [f"{name} {batch}" for batch in (512, 2048) for name in ("allreduce", "sgp", "crossover")],
-    "workers": ["allreduce", "crossover 4", "crossover 8", "crossover 64", "sgp, 1 peer 8", "sgp, 2 peers 8"],
+    "workers": ["allreduce", "crossover 4", "crossover 8", "crossover 64", "sgp 1 peer 8", "sgp 2 peers 8"],
     "ablations": [f"{name} {n}" for n in (8, 64) for name in ("crossover", *figures.ABLATIONS, "phases")],
     "lars": ["allreduce", "own norms 8", "averaged norms 8"],
-    "gap": ["allreduce", "crossover", "two rounds, bfloat16"],
+    "gap": ["allreduce", "crossover", "two rounds in bfloat16"],
 }
 
 
