@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    except (ValueError, data.DataMissing) as error:
+    except (ValueError, OSError, data.DataMissing) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"\n{summary(study, rows)}")
