@@ -75,7 +75,7 @@ def final_accuracies(rows: Sequence[sweep.Row]) -> dict[str, dict[int, float]]:
     return found
 
 
-def interval(values: Sequence[float]) -> Interval:
+def interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Mean and half of Student's 95 % interval; infinite for one value.
 
     >>> print(interval([1.0, 2.0, 3.0]))

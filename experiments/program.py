@@ -131,6 +131,11 @@ def param_specs(
     return cj.fsdp_specs(params, mesh)
 
 
+def steps_of(config: ml_collections.ConfigDict, dataset: data.Dataset) -> int:
+    """How many steps a run has: `config.steps`, or those of `config.epochs`."""
+    return config.steps or max(1, round(config.epochs * (len(dataset) / config.batch_size)))
+
+
 def train_batches(
     config: ml_collections.ConfigDict,
     dataset: data.Dataset,

@@ -30,7 +30,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a scr
 import crossover_jax as cj
 from experiments import data, processes
 from experiments.evaluate import make_evaluate
-from experiments.program import check_settings, flat_settings, make_program, train_batches, wire_bytes_per_step
+from experiments.program import (
+    check_settings,
+    flat_settings,
+    make_program,
+    steps_of,
+    train_batches,
+    wire_bytes_per_step,
+)
 from experiments.step import Diverged
 
 PyTree = Any
@@ -224,7 +231,7 @@ class Trainer:
             data.load(config.dataset.name, split, data_dir=config.dataset.data_dir, sequence=config.dataset.sequence)
             for split in (config.dataset.train_split, config.dataset.eval_split)
         )
-        self.num_steps = config.steps or max(1, round(config.epochs * len(self.train_set) / config.batch_size))
+        self.num_steps = steps_of(config, self.train_set)
         workers = config.num_workers
 
         def program(seed: jax.Array | None = None, learning_rate: jax.Array | None = None):

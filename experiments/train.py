@@ -32,6 +32,7 @@ from experiments.program import (
     make_program,
     place_workers,
     settings,
+    steps_of,
     train_batches,
     versions,
     wire_bytes_per_step,
@@ -121,7 +122,7 @@ def train(
             load = partial(data.load, config.dataset.name, data_dir=config.dataset.data_dir, sequence=sequence)
             train_set, eval_set = load(config.dataset.train_split), load(config.dataset.eval_split)
             steps_per_epoch = len(train_set) / config.batch_size
-            num_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+            num_steps = steps_of(config, train_set)
             program = make_program(config, train_set, where, num_steps)
             fields |= fingerprint(config, program, train_set, eval_set)
         made = {**versions(), **fields, "devices of each process": device_counts()}
