@@ -77,12 +77,12 @@ def mix_during(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
     return Algorithm(optimizer.init, update)
 
 
-def mix_all(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
-    """Step, then mix parameters and momentum: x <- W(x + u), m <- W m, at twice the bytes of `mix_after`.
+def mix_all(optimizer: optax.GradientTransformation, mix: Mix, of_momentum: Mix | None = None) -> Algorithm:
+    """Step, then mix parameters and momentum: x <- W(x + u), m <- V m, at twice the bytes of `mix_after`.
 
-    Whatever the optimizer keeps in the shape of the parameters travels along, with the same peers: workers that share
-    their momentum disagree less, for what drives them apart is what their own momentum remembers. With
-    `gossip(..., wire="bfloat16")` both together are the bytes of one float32 model.
+    Whatever the optimizer keeps in the shape of the parameters travels along, by `of_momentum` or by the same `mix`:
+    workers that share their momentum disagree less, for what drives them apart is what their own momentum remembers.
+    With `gossip(..., wire="bfloat16")` both together are the bytes of one float32 model.
 
     `init` raises `ValueError` where the optimizer keeps nothing of that shape.
 
@@ -94,7 +94,7 @@ def mix_all(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
     >>> x.tolist(), state[0].trace.tolist()
     ([-1.5, -1.5, -1.5, -1.5], [1.5, 1.5, 1.5, 1.5])
     """
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer, of_momentum = optax.with_extra_args_support(optimizer), of_momentum or mix
 
     def is_like(params: PyTree) -> Callable[[PyTree], bool]:
         shapes, structure = [x.shape for x in jax.tree.leaves(params)], jax.tree.structure(params)
@@ -109,7 +109,7 @@ def mix_all(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
     def update(grads, state, params, step, **extra):
         is_momentum = is_like(params)
         updates, state = optimizer.update(grads, state, params, **extra)
-        state = jax.tree.map(lambda x: mix(x, step) if is_momentum(x) else x, state, is_leaf=is_momentum)
+        state = jax.tree.map(lambda x: of_momentum(x, step) if is_momentum(x) else x, state, is_leaf=is_momentum)
         return mix(optax.apply_updates(params, updates), step), state
 
     return Algorithm(init, update)

@@ -4,6 +4,7 @@ They run wherever the axis of the workers has a name: inside `jax.shard_map` ove
 `ppermute`, or inside `jax.vmap(..., axis_name=...)`, where one device simulates all workers.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,8 @@ from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.tables import Table
 
 PyTree = Any
-WIRES = ("float32", "bfloat16", "float16")  # what messages may be sent in
+WIRES = ("float32", "bfloat16", "float16", "int8")  # what messages may be sent in
+BLOCK = 256  # int8 values that share a scale
 Step = Integer[Array, ""] | int | np.integer
 Mix = Callable[[PyTree, Step], PyTree]
 
@@ -54,7 +56,8 @@ def gossip(
 
     `wire="bfloat16"` sends half the bytes of float32 and keeps the sum over workers all the same: everybody takes out
     what he sent, x_i <- x_i + Σ_j W[i, j] (Q(x_j) − Q(x_i)), with Q(x) what the message says of x. Workers then agree
-    to the rounding of Q. A wire that is not narrower than a leaf changes nothing.
+    to the rounding of Q. "int8" sends 0.254 of float32: every 256 values of a message share a scale, their largest
+    magnitude / 127, that travels behind them. A wire that is not narrower than a leaf changes nothing.
 
     Raises `ValueError` if the pool does not keep agreement (see `push_sum`), if it is for another number of workers
     than the axis has, if the table names rounds that the pool lacks or has another number of segments than the cut, if
@@ -95,13 +98,17 @@ def exchange(
 
         def mix_packed(flat: Array, packing: Packing, *traced: Array) -> Array:
             now = traced[0] if traced else step
-            if not traced or _is_constant(table):
-                row = table[0 if traced else int(step) % len(table)]
+            is_static = not traced or _is_constant(table)
+            row = table[0 if traced else int(step) % len(table)] if is_static else _row(table, now)
+            if not is_static and not is_channels(table, cut):
+                _check_same_step(now, axis)
+            if _is_simulated(axis):
+                return _by_index(flat, packing.bounds, row, pool, axis, wire)
+            if is_static:
                 return _by_channels(flat, _static_channels(row, packing.bounds), pool, axis, wire)
             if is_channels(table, cut):
                 return _by_channels(flat, _traced_channels(table, now, packing.bounds), pool, axis, wire)
-            _check_same_step(now, axis)
-            return _by_switch(flat, packing.bounds, _row(table, now), table, pool, axis, wire)
+            return _by_switch(flat, packing.bounds, row, table, pool, axis, wire)
 
         return _map_packed(mix_packed, tree, cut, axis, where, specs, *traced)
 
@@ -166,7 +173,9 @@ def _by_channels(flat: Array, channels: Channels, pool: Pool, axis: str, wire: s
     sent = lax.optimization_barrier([_taken(flat, segments) for _, segments in channels])
     received = [_received(x, pool, p, axis, wire) for x, (p, _) in zip(sent, channels, strict=True)]
     sent, received = lax.optimization_barrier((sent, received))
-    mixed = [_averaged(x, y, pool, p, axis, wire) for x, y, (p, _) in zip(sent, received, channels, strict=True)]
+    shares = [_shares(pool, p, axis) for p, _ in channels]
+    own = [_said(_message(x, wire), x, wire) for x in sent]
+    mixed = [_averaged(*each) for each in zip(sent, own, received, shares, strict=True)]
     mixed = lax.optimization_barrier(mixed)
     if sum(x.size for x in mixed) == flat.size:  # nothing stays at home, so `flat` itself is not needed any more
         flat = jnp.zeros_like(flat)
@@ -186,7 +195,10 @@ def _by_switch(
     flat: Array, bounds: tuple[int, ...], row: Array, table: Table, pool: Pool, axis: str, wire: str | None
 ) -> Array:
     def mix_round(p: int, x: Array) -> Array:
-        return x if p < 0 else _averaged(x, _received(x, pool, p, axis, wire), pool, p, axis, wire)
+        if p < 0:
+            return x
+        own = _said(_message(x, wire), x, wire)
+        return _averaged(x, own, _received(x, pool, p, axis, wire), _shares(pool, p, axis))
 
     parts = []
     for s in range(table.shape[1]):
@@ -197,39 +209,88 @@ def _by_switch(
     return jnp.concatenate(parts)
 
 
-def _coded(x: Array, wire: str | None) -> Array:
-    """What a message says of `x`, in the dtype that is sent."""
-    if wire is None or not jnp.issubdtype(x.dtype, jnp.floating) or jnp.dtype(wire).itemsize >= x.dtype.itemsize:
+def _by_index(
+    flat: Array, bounds: tuple[int, ...], row: Array | np.ndarray, pool: Pool, axis: str, wire: str | None
+) -> Array:
+    """The same exchange where one device holds all workers: nothing is sent, everybody reads what he would have got.
+
+    Batching `ppermute` would do too, five to fifteen times slower on a CPU: reading element by element, where here
+    whole segments are read (benchmarks/simulated_exchange.py).
+    """
+    parts = [flat[start:end] for start, end in itertools.pairwise(bounds)]
+    said = [_said(_message(x, wire), x, wire) for x in parts]
+    everyone, me = lax.all_gather(jnp.concatenate(said), axis), lax.axis_index(axis)
+    round_ = jnp.maximum(row, 0)
+    share = jnp.asarray(pool.share, widened(flat.dtype))[round_, :, me]
+    sources = jnp.asarray(pool.receive_from)[round_, :, me]
+    mixed = []
+    for s, (start, end) in enumerate(itertools.pairwise(bounds)):
+        received = [jnp.take(everyone[:, start:end], j, axis=0, mode="clip") for j in sources[s]]
+        mixed.append(jnp.where(row[s] < 0, parts[s], _averaged(parts[s], said[s], received, share[s])))
+    return jnp.concatenate(mixed)
+
+
+def _is_simulated(axis: str) -> bool:
+    return type(lax.axis_index(axis)).__name__ == "BatchTracer"
+
+
+def _is_coded(x: Array, wire: str | None) -> bool:
+    return (
+        wire is not None
+        and jnp.issubdtype(x.dtype, jnp.floating)
+        and jnp.dtype(wire).itemsize < x.dtype.itemsize
+        and x.size > 0
+    )
+
+
+def _message(x: Array, wire: str | None) -> Array:
+    """What is sent of the vector `x`: itself, or bits, for a CPU would send a bfloat16 as a float32."""
+    if not _is_coded(x, wire):
         return x
+    if wire == "int8":
+        blocks = jnp.pad(x, (0, -x.size % BLOCK)).reshape(-1, BLOCK).astype(widened(x.dtype))
+        scale = (jnp.abs(blocks).max(1) / 127).astype(jnp.float32)
+        whole = jnp.round(blocks / jnp.where(scale == 0, 1, scale)[:, None].astype(blocks.dtype)).astype(jnp.int8)
+        coded = (whole.reshape(-1)[: x.size], scale)
+        return jnp.concatenate([lax.bitcast_convert_type(y, jnp.uint8).reshape(-1) for y in coded])
     # Not by a conversion alone: of one there and back the compiler may leave out both ("excess precision").
     kind = jnp.finfo(wire)
-    return lax.reduce_precision(x, kind.nexp, kind.nmant).astype(wire)
+    return lax.bitcast_convert_type(lax.reduce_precision(x, kind.nexp, kind.nmant).astype(wire), jnp.uint16)
+
+
+def _said(message: Array, x: Array, wire: str | None) -> Array:
+    """What a message says, Q(x), where `x` has the dtype and size of what it speaks of."""
+    if not _is_coded(x, wire):
+        return message
+    if wire == "int8":
+        whole = lax.bitcast_convert_type(message[: x.size], jnp.int8).astype(widened(x.dtype))
+        scale = lax.bitcast_convert_type(message[x.size :].reshape(-1, 4), jnp.float32).astype(whole.dtype)
+        blocks = jnp.pad(whole, (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+        return (blocks * scale[:, None]).reshape(-1)[: x.size]
+    return lax.bitcast_convert_type(message, jnp.dtype(wire))
 
 
 def _received(x: Array, pool: Pool, p: int, axis: str, wire: str | None) -> list[Array]:
-    """One `ppermute` per peer that anybody listens to."""
-    coded = _coded(x, wire)
-    if coded.dtype != x.dtype:  # as bits: a CPU would send a bfloat16 as a float32
-        bits = {2: jnp.uint16, 4: jnp.uint32}[coded.dtype.itemsize]
-        x = lax.bitcast_convert_type(coded, bits)
+    """What the messages of a round say, one `ppermute` per peer that anybody listens to."""
+    message = _message(x, wire)
     # Fixed points are pairs too: vmap refuses partial permutations, and on GPUs they can hang.
     pairs = [[(int(j), i) for i, j in enumerate(pool.receive_from[p, k])] for k in _peers(pool, p)]
-    received = [lax.ppermute(x, axis, pairs_of_peer) for pairs_of_peer in pairs if x.size]
-    return [y if y.dtype == coded.dtype else lax.bitcast_convert_type(y, coded.dtype) for y in received]
+    return [_said(lax.ppermute(message, axis, pairs_of_peer), x, wire) for pairs_of_peer in pairs if x.size]
 
 
-def _averaged(x: Array, received: list[Array], pool: Pool, p: int, axis: str, wire: str | None) -> Array:
+def _averaged(x: Array, own: Array, received: list[Array], share: Sequence[Any] | Array) -> Array:
     """x_i <- share[0] x_i + Σ_k share[1 + k] x_j, in float32 at least, returned in the dtype of `x`.
 
-    With Q(x) in the messages it is x_i − (1 − share[0]) Q(x_i) + Σ_k share[1 + k] Q(x_j), which keeps the sum over i.
+    Where messages say less than `x`, with `own` = Q(x_i) and Q(x_j) in them, it is x_i − (1 − share[0]) Q(x_i) +
+    Σ_k share[1 + k] Q(x_j), which keeps the sum over i.
     """
-    wide, own = widened(x.dtype), _coded(x, wire)
-    if own.dtype == x.dtype:
-        mixed = _shared(pool.share[p, 0], x.astype(wide), axis)
+    wide = widened(x.dtype)
+    if own is x:
+        mixed = _shared(share[0], x.astype(wide))
     else:
-        mixed = x.astype(wide) - _shared(1 - pool.share[p, 0], own.astype(wide), axis)
-    for k, message in zip(_peers(pool, p), received, strict=bool(x.size)):
-        mixed = mixed + _shared(pool.share[p, 1 + k], message.astype(wide), axis)
+        mixed = x.astype(wide) - _shared(1 - share[0], own.astype(wide))
+    for message, of_message in zip(received, share[1:], strict=bool(x.size)):
+        mixed = mixed + _shared(of_message, message.astype(wide))
     return mixed.astype(x.dtype)
 
 
@@ -237,12 +298,18 @@ def _peers(pool: Pool, p: int) -> list[int]:
     return np.flatnonzero(pool.share[p, 1:].any(-1)).tolist()
 
 
-def _shared(share: np.ndarray, x: Array, axis: str) -> Array:
-    """This worker's share of `x`; a share of 0 takes nothing, not even the NaN of a message that nobody wanted."""
-    if (share == share[0]).all():
-        return jnp.asarray(share[0], x.dtype) * x
-    own = jnp.asarray(share, x.dtype)[lax.axis_index(axis)]
-    return own * x if share.all() else jnp.where(own == 0, 0, own * x)
+def _shares(pool: Pool, p: int, axis: str) -> list[Any]:
+    """This worker's, of itself and of the peers that anybody listens to; a number where all workers have the same."""
+    rows = [pool.share[p, k] for k in (0, *(1 + k for k in _peers(pool, p)))]
+    return [row[0] if (row == row[0]).all() else jnp.asarray(row)[lax.axis_index(axis)] for row in rows]
+
+
+def _shared(share: Any, x: Array) -> Array:
+    """A share of 0 takes nothing, not even the NaN of a message that nobody wanted."""
+    if isinstance(share, float):
+        return jnp.asarray(share, x.dtype) * x
+    share = share.astype(x.dtype)
+    return jnp.where(share == 0, 0, share * x)
 
 
 def average(axis: str = "worker", *, where: Callable[[str], bool] | None = None, specs: PyTree = None) -> Mix:

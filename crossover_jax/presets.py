@@ -31,7 +31,7 @@ def crossover_sgd(
     during: bool = False,
     local_steps: int = 1,
     rounds: int = 1,
-    share_momentum: bool = False,
+    momentum_rounds: int = 0,
     wire: str | None = None,
     seed: int = 0,
     axis: str = "worker",
@@ -44,9 +44,9 @@ def crossover_sgd(
     each step a random assignment of one to the other (`shuffle`): one message of 1/P of the model out and in per worker
     and channel, one model in all. With a `cut` into S equal segments the pool has as many rounds as divide S.
     `during=True` mixes while the gradient is taken; `local_steps=k` exchanges after each k steps, `rounds=k` k times at
-    each; `share_momentum=True` exchanges the optimizer's momentum too (`mix_all`), with `wire="bfloat16"` in the bytes
-    of one float32 model; `where`, `specs` and `wire` are `gossip`'s. All processes must use one `seed`. Raises
-    `ValueError` for fewer than one worker, for a pool of another number and for `during` and `share_momentum` together.
+    each; `momentum_rounds=k` exchanges the optimizer's momentum too (`mix_all`), k times; `where`, `specs` and `wire`
+    are `gossip`'s. All processes must use one `seed`. Raises `ValueError` for fewer than one worker, for a pool of
+    another number and for `during` and `momentum_rounds` together.
 
     Reference: Crossover-SGD, arXiv:2012.15198.
 
@@ -59,12 +59,15 @@ def crossover_sgd(
         raise ValueError(f"`pool` must be for `num_workers` = {num_workers} workers, got one for {pool.num_workers}.")
     cut = by_size(pool.num_rounds) if cut is None else cut
     table = shuffle(cut.num_segments, pool.num_rounds, seed=seed) if table is None else table
-    if during and share_momentum:
-        raise ValueError("`during` and `share_momentum` must not both be True: momentum is shared after the step.")
-    mix = repeat(rounds, gossip(pool, table, cut, axis, where=where, specs=specs, wire=wire))
-    mix = every(local_steps, mix, axis)
-    order = mix_all if share_momentum else mix_during if during else mix_after
-    return order(optimizer, mix)
+    if during and momentum_rounds:
+        raise ValueError(
+            f"`momentum_rounds` must be 0 with `during`, got {momentum_rounds}: momentum is shared after the step."
+        )
+    once = gossip(pool, table, cut, axis, where=where, specs=specs, wire=wire)
+    mix = every(local_steps, repeat(rounds, once), axis)
+    if momentum_rounds:
+        return mix_all(optimizer, mix, every(local_steps, repeat(momentum_rounds, once), axis))
+    return (mix_during if during else mix_after)(optimizer, mix)
 
 
 def crossover_sgd_paper(

@@ -40,7 +40,7 @@ def _crossover(c, optimizer, n, params, specs):
         during=c.during,
         local_steps=c.local_steps,
         rounds=c.rounds,
-        share_momentum=c.share_momentum,
+        momentum_rounds=c.momentum_rounds,
         wire=c.wire,
         seed=c.seed,
         specs=specs,

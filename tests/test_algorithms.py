@@ -78,7 +78,7 @@ ALGORITHMS = {
         keeps_mean=False,
     ),
     "bfloat16": Contract(lambda o, n, p: cj.crossover_sgd(o, n, wire="bfloat16"), permutes=7),
-    "shared_momentum": Contract(lambda o, n, p: cj.crossover_sgd(o, n, share_momentum=True), permutes=14),
+    "shared_momentum": Contract(lambda o, n, p: cj.crossover_sgd(o, n, momentum_rounds=1), permutes=14),
     "two_rounds": Contract(lambda o, n, p: cj.crossover_sgd(o, n, rounds=2), permutes=14),
     "phases": Contract(lambda o, n, p: cj.crossover_sgd_phases(o, n), permutes=3),
     "two_pools": Contract(
@@ -306,11 +306,11 @@ def test_micro_batches_are_one_step_with_the_whole_batch():
 
 
 @pytest.mark.parametrize("where", ["mesh", "simulated"])
-@pytest.mark.parametrize("order", ["after", "during", "all"])
+@pytest.mark.parametrize("order", ["after", "during", "all", "all, momentum twice"])
 def test_mixing_after_during_and_momentum_too_are_their_equations(where, order):
     where = mesh() if where == "mesh" else WORKERS
     pool, table, cut = cj.latin(WORKERS, 4), cj.shuffle(4, 4), cj.by_size(4)
-    how = {"during": order == "during", "share_momentum": order == "all"}
+    how = {"during": order == "during", "momentum_rounds": {"all": 1, "all, momentum twice": 2}.get(order, 0)}
     algorithm = cj.crossover_sgd(optax.sgd(0.1, momentum=0.9), WORKERS, pool=pool, table=table, cut=cut, **how)
     x, target = workers_apart(), workers_apart()
     momentum = jax.tree.map(np.zeros_like, x)
@@ -322,8 +322,8 @@ def test_mixing_after_during_and_momentum_too_are_their_equations(where, order):
         state = step(state, place(target, where), jnp.int32(t))
         momentum = jax.tree.map(lambda m, a, b: 0.9 * m + (a - b), momentum, x, target)
         stepped = jax.tree.map(lambda a, m: a - 0.1 * m, x, momentum)
-        if order == "all":
-            momentum = mixed_by_matrices(momentum, t, pool, table, cut)
+        for i in range(how["momentum_rounds"]):
+            momentum = mixed_by_matrices(momentum, how["momentum_rounds"] * t + i, pool, table, cut)
         if order == "during":
             mixed = mixed_by_matrices(x, t, pool, table, cut)
             x = jax.tree.map(lambda a, m: a - 0.1 * m, mixed, momentum)
@@ -347,9 +347,9 @@ def test_momentum_of_adam_is_shared_and_its_count_is_not():
 
 def test_momentum_can_be_shared_where_there_is_some():
     with pytest.raises(ValueError, match="`optimizer` must keep momentum in the shape of the parameters"):
-        cj.crossover_sgd(optax.sgd(0.1), WORKERS, share_momentum=True).init({"w": jnp.zeros(3)})
-    with pytest.raises(ValueError, match="`during` and `share_momentum` must not both be True"):
-        cj.crossover_sgd(optax.adam(0.1), WORKERS, share_momentum=True, during=True)
+        cj.crossover_sgd(optax.sgd(0.1), WORKERS, momentum_rounds=1).init({"w": jnp.zeros(3)})
+    with pytest.raises(ValueError, match="`momentum_rounds` must be 0 with `during`, got 2"):
+        cj.crossover_sgd(optax.adam(0.1), WORKERS, momentum_rounds=2, during=True)
 
 
 @pytest.mark.parametrize("where", ["mesh", "simulated"])

@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.algorithm.during = False  # mix while the gradient is taken, not after the update
     config.algorithm.local_steps = 1  # optimizer steps between two rounds (crossover, local_sgd)
     config.algorithm.rounds = 1  # exchanges at each of them (crossover)
-    config.algorithm.share_momentum = False  # exchange the optimizer's momentum too (crossover)
+    config.algorithm.momentum_rounds = 0  # exchange the optimizer's momentum too, so often (crossover)
     config.algorithm.wire = "float32"  # or "bfloat16": what messages are sent in (crossover)
     config.algorithm.peers = 1  # messages per round (sgp)
     config.algorithm.pool = "latin"  # or "balanced", "derangements" (crossover)

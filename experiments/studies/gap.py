@@ -11,10 +11,12 @@ from experiments.sweep import Arm, Study
 WORKERS = 64
 CANDIDATES = {
     "crossover": {},
-    "momentum too in bfloat16": {"share_momentum": True, "wire": "bfloat16"},
+    "momentum too in bfloat16": {"momentum_rounds": 1, "wire": "bfloat16"},
     "two rounds in bfloat16": {"rounds": 2, "wire": "bfloat16"},
     "one round in bfloat16": {"wire": "bfloat16"},  # half the bytes
     "phases": {"name": "crossover_phases"},
+    "three rounds in int8": {"rounds": 3, "wire": "int8"},  # 0.76 of the bytes
+    "two rounds and momentum in int8": {"rounds": 2, "momentum_rounds": 1, "wire": "int8"},  # 0.76 of the bytes
 }
 
 
