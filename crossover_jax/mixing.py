@@ -285,9 +285,8 @@ def _averaged(x: Array, own: Array, received: list[Array], share: Sequence[Any] 
     Σ_k share[1 + k] Q(x_j), which keeps the sum over i.
     """
     wide = widened(x.dtype)
-    if own is x:
-        mixed = _shared(share[0], x.astype(wide))
-    else:
+    mixed = _shared(share[0], x.astype(wide))
+    if own is not x:
         mixed = x.astype(wide) - _shared(1 - share[0], own.astype(wide))
     for message, of_message in zip(received, share[1:], strict=bool(x.size)):
         mixed = mixed + _shared(of_message, message.astype(wide))

@@ -2,7 +2,8 @@
 
     python experiments/sweep.py experiments/studies/gap.py --out experiments/results/gap.csv
 
-The problem of `workers.py`. Every arm sends at most one float32 model per worker and step.
+The problem of `workers.py`. Every arm sends at most one float32 model per worker and step. With 256 workers, 8 examples
+each, an arm takes the learning rate that it has with 64.
 """
 
 from experiments.studies.workers import BATCH, allreduce, get_config
@@ -26,4 +27,5 @@ def get_study() -> Study:
     for name, settings in CANDIDATES.items():
         own = {f"algorithm.{key}": value for key, value in {"name": "crossover", **settings}.items()}
         arms[name] = Arm(problem, {**own, "num_workers": WORKERS})
+        arms[f"{name} 256"] = Arm(problem, {**own, "num_workers": 256}, rate_of=name)
     return Study(get_config(), arms, learning_rates=(0.1, 0.2, 0.4), seeds=20)
