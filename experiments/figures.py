@@ -63,6 +63,9 @@ def main(argv: Sequence[str]) -> int:
         figure = draw(found, paper)
         figure.savefig(args.out / f"{name}.png", dpi=110)
         print(f"\n{name}: {args.out / f'{name}.png'}\n{table(found)}")
+    if tuning := tuning_accuracies(sweep.read(args.results / "batch.csv")):
+        draw_rates(tuning, paper).savefig(args.out / "rates.png", dpi=110)
+        print(f"\nlearning rates: {args.out / 'rates.png'}")
     return 0
 
 
@@ -72,6 +75,15 @@ def final_accuracies(rows: Sequence[sweep.Row]) -> dict[str, dict[int, float]]:
     for row in rows:  # of a run the last row stays
         if row["stage"] == sweep.FINAL:
             found.setdefault(row["arm"], {})[row["seed"]] = row["accuracy"] or 0.0
+    return found
+
+
+def tuning_accuracies(rows: Sequence[sweep.Row]) -> dict[str, dict[float, list[float]]]:
+    """Held-out accuracies of all tuning seeds, by arm and learning rate."""
+    last = {sweep.run_of(row): row["accuracy"] or 0.0 for row in rows if row["stage"] == sweep.TUNING}
+    found: dict[str, dict[float, list[float]]] = {}
+    for run, accuracy in last.items():
+        found.setdefault(run.arm, {}).setdefault(run.learning_rate, []).append(accuracy)
     return found
 
 
@@ -128,7 +140,7 @@ def beside(title: str, unit: str) -> tuple[Figure, Any, Any]:
     return figure, ours, theirs
 
 
-def plot(axes: Any, points: Mapping[int, Sequence[float]], label: str, **style: Any) -> None:
+def plot(axes: Any, points: Mapping[Any, Sequence[float]], label: str, **style: Any) -> None:
     """Means against workers or batch, with intervals where there are several values."""
     x = sorted(points)
     intervals = [interval(points[i]) for i in x]
@@ -152,6 +164,18 @@ def draw_batch(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
     for name in ("allreduce", "sgp", "crossover"):
         plot(ours, ours_by(found, name), name, color=COLOURS[name])
         plot(theirs, theirs_by(paper, "figure 7", name, "batch"), name, color=COLOURS[name])
+    ours.legend()
+    return figure
+
+
+def draw_rates(tuning: Mapping[str, Mapping[float, Sequence[float]]], paper: Sequence[sweep.Row]) -> Figure:
+    """The largest batch of ours, on held-out examples, beside the largest of theirs."""
+    batch = max(int(arm.rpartition(" ")[-1]) for arm in tuning)
+    figure, ours, theirs = beside(f"Accuracy by learning rate, batch {batch} and 163840 (figure 6)", "learning rate")
+    ours.set(ylabel="held-out accuracy, %")
+    for name in ("allreduce", "sgp", "crossover"):
+        plot(ours, tuning.get(f"{name} {batch}", {}), name, color=COLOURS[name])
+        plot(theirs, theirs_by(paper, "figure 6", name, "learning_rate", batch=163840), name, color=COLOURS[name])
     ours.legend()
     return figure
 
@@ -209,6 +233,7 @@ STUDIES = {
     "ablations": draw_ablations,
     "lars": draw_bars,
     "gap": draw_bars,
+    "large": draw_bars,
 }
 
 if __name__ == "__main__":

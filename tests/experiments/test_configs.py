@@ -37,7 +37,7 @@ def test_imagenet_as_the_paper_ran_it(name):
     assert sent == pytest.approx(SENT[name] * 4 * PARAMETERS, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["batch", "workers", "ablations", "lars", "gap"])
+@pytest.mark.parametrize("name", ["batch", "workers", "ablations", "lars", "gap", "large"])
 def test_a_study_can_be_run(name):
     """Every arm has a program, and borrows its learning rate from one that is tuned."""
     study = importlib.import_module(f"experiments.studies.{name}").get_study()

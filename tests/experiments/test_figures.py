@@ -35,6 +35,7 @@ STUDIES = {
     "ablations": [f"{name} {n}" for n in (8, 64) for name in ("crossover", *figures.ABLATIONS, "phases")],
     "lars": ["allreduce", "own norms 8", "averaged norms 8"],
     "gap": ["allreduce", "crossover", "two rounds in bfloat16"],
+    "large": ["allreduce", "crossover", "allreduce with warm-up 0.5"],
 }
 
 
@@ -59,6 +60,12 @@ def test_arms_are_compared_seed_by_seed_with_the_allreduce_of_their_batch(tmp_pa
     assert difference.mean == pytest.approx(1.0)
     assert difference.half == pytest.approx(4.3027 * 0.5 / 3**0.5, rel=1e-4)  # t of 2 degrees of freedom, 97.5 %
     assert figures.baseline_of("crossover 8", {"allreduce": {}, "crossover 8": {}}) == "allreduce"
+
+
+def test_tuning_seeds_are_gathered_by_learning_rate_without_the_rows_of_curves(tmp_path):
+    write(tmp_path / "batch.csv", {"sgp 512": [80.0], "allreduce 512": [81.0]})
+    found = figures.tuning_accuracies(sweep.read(tmp_path / "batch.csv"))
+    assert found == {"sgp 512": {0.1: [1.0]}, "allreduce 512": {0.1: [1.0]}}
 
 
 def test_the_papers_numbers_are_in_the_figures():
