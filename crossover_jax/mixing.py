@@ -20,10 +20,9 @@ from crossover_jax.cuts import Cut, Packing, flatten, travels, widened
 from crossover_jax.inner import on_parts
 from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.tables import Table
+from crossover_jax.wire import check_wire, decode, encode
 
 PyTree = Any
-WIRES = ("float32", "bfloat16", "float16", "int8")  # what messages may be sent in
-BLOCK = 256  # int8 values that share a scale
 Step = Integer[Array, ""] | int | np.integer
 Mix = Callable[[PyTree, Step], PyTree]
 
@@ -89,8 +88,7 @@ def exchange(
 ) -> Mix:
     """`gossip` for pools that may keep only mass; what it mixes then needs `push_weights` and `unbias`."""
     table = _checked(table, pool, cut)
-    if wire not in (None, *WIRES):
-        raise ValueError(f"`wire` must be None or one of {', '.join(WIRES)}, got {wire!r}.")
+    check_wire(wire)
 
     def mix(tree: PyTree, step: Step) -> PyTree:
         _check_axis(axis, pool.num_workers)
@@ -174,7 +172,7 @@ def _by_channels(flat: Array, channels: Channels, pool: Pool, axis: str, wire: s
     received = [_received(x, pool, p, axis, wire) for x, (p, _) in zip(sent, channels, strict=True)]
     sent, received = lax.optimization_barrier((sent, received))
     shares = [_shares(pool, p, axis) for p, _ in channels]
-    own = [_said(_message(x, wire), x, wire) for x in sent]
+    own = [decode(encode(x, wire), x, wire) for x in sent]  # `x` itself where nothing is lost
     mixed = [_averaged(*each) for each in zip(sent, own, received, shares, strict=True)]
     mixed = lax.optimization_barrier(mixed)
     if sum(x.size for x in mixed) == flat.size:  # nothing stays at home, so `flat` itself is not needed any more
@@ -197,7 +195,7 @@ def _by_switch(
     def mix_round(p: int, x: Array) -> Array:
         if p < 0:
             return x
-        own = _said(_message(x, wire), x, wire)
+        own = decode(encode(x, wire), x, wire)
         return _averaged(x, own, _received(x, pool, p, axis, wire), _shares(pool, p, axis))
 
     parts = []
@@ -218,7 +216,7 @@ def _by_index(
     whole segments are read (benchmarks/simulated_exchange.py).
     """
     parts = [flat[start:end] for start, end in itertools.pairwise(bounds)]
-    said = [_said(_message(x, wire), x, wire) for x in parts]
+    said = [decode(encode(x, wire), x, wire) for x in parts]
     everyone, me = lax.all_gather(jnp.concatenate(said), axis), lax.axis_index(axis)
     round_ = jnp.maximum(row, 0)
     share = jnp.asarray(pool.share, widened(flat.dtype))[round_, :, me]
@@ -234,48 +232,12 @@ def _is_simulated(axis: str) -> bool:
     return type(lax.axis_index(axis)).__name__ == "BatchTracer"
 
 
-def _is_coded(x: Array, wire: str | None) -> bool:
-    return (
-        wire is not None
-        and jnp.issubdtype(x.dtype, jnp.floating)
-        and jnp.dtype(wire).itemsize < x.dtype.itemsize
-        and x.size > 0
-    )
-
-
-def _message(x: Array, wire: str | None) -> Array:
-    """What is sent of the vector `x`: itself, or bits, for a CPU would send a bfloat16 as a float32."""
-    if not _is_coded(x, wire):
-        return x
-    if wire == "int8":
-        blocks = jnp.pad(x, (0, -x.size % BLOCK)).reshape(-1, BLOCK).astype(widened(x.dtype))
-        scale = (jnp.abs(blocks).max(1) / 127).astype(jnp.float32)
-        whole = jnp.round(blocks / jnp.where(scale == 0, 1, scale)[:, None].astype(blocks.dtype)).astype(jnp.int8)
-        coded = (whole.reshape(-1)[: x.size], scale)
-        return jnp.concatenate([lax.bitcast_convert_type(y, jnp.uint8).reshape(-1) for y in coded])
-    # Not by a conversion alone: of one there and back the compiler may leave out both ("excess precision").
-    kind = jnp.finfo(wire)
-    return lax.bitcast_convert_type(lax.reduce_precision(x, kind.nexp, kind.nmant).astype(wire), jnp.uint16)
-
-
-def _said(message: Array, x: Array, wire: str | None) -> Array:
-    """What a message says, Q(x), where `x` has the dtype and size of what it speaks of."""
-    if not _is_coded(x, wire):
-        return message
-    if wire == "int8":
-        whole = lax.bitcast_convert_type(message[: x.size], jnp.int8).astype(widened(x.dtype))
-        scale = lax.bitcast_convert_type(message[x.size :].reshape(-1, 4), jnp.float32).astype(whole.dtype)
-        blocks = jnp.pad(whole, (0, -x.size % BLOCK)).reshape(-1, BLOCK)
-        return (blocks * scale[:, None]).reshape(-1)[: x.size]
-    return lax.bitcast_convert_type(message, jnp.dtype(wire))
-
-
 def _received(x: Array, pool: Pool, p: int, axis: str, wire: str | None) -> list[Array]:
     """What the messages of a round say, one `ppermute` per peer that anybody listens to."""
-    message = _message(x, wire)
+    message = encode(x, wire)
     # Fixed points are pairs too: vmap refuses partial permutations, and on GPUs they can hang.
     pairs = [[(int(j), i) for i, j in enumerate(pool.receive_from[p, k])] for k in _peers(pool, p)]
-    return [_said(lax.ppermute(message, axis, pairs_of_peer), x, wire) for pairs_of_peer in pairs if x.size]
+    return [decode(lax.ppermute(message, axis, pairs_of_peer), x, wire) for pairs_of_peer in pairs if x.size]
 
 
 def _averaged(x: Array, own: Array, received: list[Array], share: Sequence[Any] | Array) -> Array:

@@ -321,6 +321,20 @@ def test_what_is_no_wider_than_the_wire_goes_as_it_is():
     jax.tree.map(np.testing.assert_array_equal, as_it_is, narrow)
 
 
+def test_float64_goes_in_any_narrower_wire_and_keeps_the_sum():
+    with jax.enable_x64(True):
+        tree = {"w": np.random.default_rng(0).normal(size=(8, 512))}
+        pool, table, cut = cj.latin(8, 1), cj.cycle(1, 1), cj.whole()
+        for wire in ("float32", "bfloat16", "int8"):
+            q = said_in(wire, tree)["w"]
+            expected = tree["w"] + pool.matrix(0) @ q - q
+            for where in places(8).values():
+                got = run(cj.gossip(pool, table, cut, wire=wire), where, tree, 0)["w"]
+                assert got.dtype == np.float64
+                np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+                np.testing.assert_allclose(got.sum(0), tree["w"].sum(0), atol=1e-12)
+
+
 def test_repeat_takes_the_next_rounds_of_the_table():
     pool, table = cj.exponential(8), cj.cycle(1, 3)
     mix, tree = cj.repeat(2, cj.gossip(pool, table, cj.whole())), random_tree(8, 2)
