@@ -140,6 +140,15 @@ def beside(title: str, unit: str) -> tuple[Figure, Any, Any]:
     return figure, ours, theirs
 
 
+def labelled(figure: Figure) -> Figure:
+    """With every point of its horizontal axes written out."""
+    for axes in figure.axes:
+        points = sorted({x for line in axes.lines for x in line.get_xdata()})
+        axes.set_xticks(points, [f"{x:g}" for x in points])
+        axes.minorticks_off()
+    return figure
+
+
 def plot(axes: Any, points: Mapping[Any, Sequence[float]], label: str, **style: Any) -> None:
     """Means against workers or batch, with intervals where there are several values."""
     x = sorted(points)
@@ -165,7 +174,7 @@ def draw_batch(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
         plot(ours, ours_by(found, name), name, color=COLOURS[name])
         plot(theirs, theirs_by(paper, "figure 7", name, "batch"), name, color=COLOURS[name])
     ours.legend()
-    return figure
+    return labelled(figure)
 
 
 def draw_rates(tuning: Mapping[str, Mapping[float, Sequence[float]]], paper: Sequence[sweep.Row]) -> Figure:
@@ -177,7 +186,7 @@ def draw_rates(tuning: Mapping[str, Mapping[float, Sequence[float]]], paper: Seq
         plot(ours, tuning.get(f"{name} {batch}", {}), name, color=COLOURS[name])
         plot(theirs, theirs_by(paper, "figure 6", name, "learning_rate", batch=163840), name, color=COLOURS[name])
     ours.legend()
-    return figure
+    return labelled(figure)
 
 
 def draw_workers(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
@@ -198,7 +207,7 @@ def draw_workers(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
     plot(theirs, hierarchical, f"hierarchical, {GROUPS} groups", color=COLOURS["hierarchical"])
     ours.legend()
     theirs.legend()
-    return figure
+    return labelled(figure)
 
 
 def draw_ablations(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
@@ -210,7 +219,7 @@ def draw_ablations(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
         plot(ours, ours_by(found, name), name, linestyle=":")
     ours.legend(fontsize="small")
     theirs.legend(fontsize="small")
-    return figure
+    return labelled(figure)
 
 
 def draw_bars(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
