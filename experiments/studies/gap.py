@@ -24,6 +24,8 @@ CANDIDATES = {
 def get_study() -> Study:
     problem = f"batch {BATCH}"
     arms = {"allreduce": allreduce(problem)}
+    # The same in another rounding: by how much two runs differ that should not.
+    arms["allreduce by 8 workers"] = allreduce(problem, num_workers=8)._replace(rate_of="allreduce")
     for name, settings in CANDIDATES.items():
         own = {f"algorithm.{key}": value for key, value in {"name": "crossover", **settings}.items()}
         arms[name] = Arm(problem, {**own, "num_workers": WORKERS})
