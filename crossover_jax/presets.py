@@ -48,6 +48,9 @@ def crossover_sgd(
     are `gossip`'s. All processes must use one `seed`. Raises `ValueError` for fewer than one worker, for a pool of
     another number and for `during` and `momentum_rounds` together.
 
+    With many workers take `rounds=3, wire="int8"`: 0.76 of the bytes, and with 64 workers as accurate as AllReduce,
+    where one round in float32 was 0.4 points behind (experiments/README.md).
+
     Reference: Crossover-SGD, arXiv:2012.15198.
 
     >>> import jax.numpy as jnp

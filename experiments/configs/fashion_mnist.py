@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.algorithm.local_steps = 1  # optimizer steps between two rounds (crossover, local_sgd)
     config.algorithm.rounds = 1  # exchanges at each of them (crossover)
     config.algorithm.momentum_rounds = 0  # exchange the optimizer's momentum too, so often (crossover)
-    config.algorithm.wire = "float32"  # or "bfloat16": what messages are sent in (crossover)
+    config.algorithm.wire = "float32"  # or "bfloat16", "int8": what messages are sent in (crossover)
     config.algorithm.peers = 1  # messages per round (sgp)
     config.algorithm.pool = "latin"  # or "balanced", "derangements" (crossover)
     config.algorithm.pool_size = 0  # rounds in the pool; 0: chosen by the number of workers

@@ -48,6 +48,6 @@ def test_a_study_can_be_run(name):
         check_settings(config)
         program = make_program(config, dataset, config.num_workers, 10)
         size = sum(x.size for x in jax.tree.leaves(program.shapes.params))
-        if name == "gap" and not arm.startswith("allreduce"):  # no more than one float32 model per step, and a little padding
+        if name == "gap" and not arm.startswith("allreduce"):  # at most one float32 model per step, and some padding
             sent = wire_bytes_per_step(program.algorithm, program.shapes.params, config)
             assert sent <= 4 * size + 4 * 1024
