@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from experiments import data, sweep
+from experiments.configs import cifar10_resnet
 from experiments.program import check_settings, make_program, place_workers, wire_bytes_per_step
 
 PARAMETERS = 25_557_032  # of ResNet-50
@@ -51,3 +52,14 @@ def test_a_study_can_be_run(name):
         if name == "gap" and not arm.startswith("allreduce"):  # at most one float32 model per step, and some padding
             sent = wire_bytes_per_step(program.algorithm, program.shapes.params, config)
             assert sent <= 4 * size + 4 * 1024
+
+
+def test_cifar10_by_16_workers_is_one_model_per_step():
+    config = cifar10_resnet.get_config()
+    check_settings(config)
+    mesh = place_workers(config, jax.devices()[:16])
+    program = make_program(config, data.describe("cifar10"), mesh, 10)
+    size = sum(x.size for x in jax.tree.leaves(program.shapes.params))
+    shortcuts = 16 * 32 + 32 * 64 + 2 * (32 + 64)  # convolutions and their norms, where He et al. pad with zeros
+    assert size == 269_722 + shortcuts
+    assert wire_bytes_per_step(program.algorithm, program.shapes.params, config) == pytest.approx(4 * size, rel=1e-3)
