@@ -1,4 +1,4 @@
-"""ResNet-20 on CIFAR-10 by 16 workers, an exchange at every step: the task of the paper's figure 9, which is about time.
+"""ResNet-20 on CIFAR-10 by 16 workers, an exchange at every step: the task of the paper's figure 9, a matter of time.
 
     python -m experiments.data.prepare cifar10
     python experiments/train.py --config=experiments/configs/cifar10_resnet.py --workdir=runs/cifar10
