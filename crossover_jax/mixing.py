@@ -96,17 +96,17 @@ def exchange(
 
         def mix_packed(flat: Array, packing: Packing, *traced: Array) -> Array:
             now = traced[0] if traced else step
-            is_static = not traced or _is_constant(table)
-            row = table[0 if traced else int(step) % len(table)] if is_static else _row(table, now)
-            if not is_static and not is_channels(table, cut):
+            fixed = table[0 if traced else int(step) % len(table)] if not traced or _is_constant(table) else None
+            if fixed is None and not is_channels(table, cut):
                 _check_same_step(now, axis)
             if _is_simulated(axis):
+                row = _row(table, now) if fixed is None else jnp.asarray(fixed)
                 return _by_index(flat, packing.bounds, row, pool, axis, wire)
-            if is_static:
-                return _by_channels(flat, _static_channels(row, packing.bounds), pool, axis, wire)
+            if fixed is not None:
+                return _by_channels(flat, _static_channels(fixed, packing.bounds), pool, axis, wire)
             if is_channels(table, cut):
                 return _by_channels(flat, _traced_channels(table, now, packing.bounds), pool, axis, wire)
-            return _by_switch(flat, packing.bounds, row, table, pool, axis, wire)
+            return _by_switch(flat, packing.bounds, _row(table, now), table, pool, axis, wire)
 
         return _map_packed(mix_packed, tree, cut, axis, where, specs, *traced)
 
@@ -207,13 +207,11 @@ def _by_switch(
     return jnp.concatenate(parts)
 
 
-def _by_index(
-    flat: Array, bounds: tuple[int, ...], row: Array | np.ndarray, pool: Pool, axis: str, wire: str | None
-) -> Array:
+def _by_index(flat: Array, bounds: tuple[int, ...], row: Array, pool: Pool, axis: str, wire: str | None) -> Array:
     """The same exchange where one device holds all workers: nothing is sent, everybody reads what he would have got.
 
-    Batching `ppermute` would do too, five to fifteen times slower on a CPU: reading element by element, where here
-    whole segments are read (benchmarks/simulated_exchange.py).
+    Batching `ppermute` would do too, but on a CPU it reads element by element, and here whole segments are read
+    (benchmarks/simulated_exchange.py).
     """
     parts = [flat[start:end] for start, end in itertools.pairwise(bounds)]
     said = [decode(encode(x, wire), x, wire) for x in parts]

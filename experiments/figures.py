@@ -143,7 +143,7 @@ def beside(title: str, unit: str) -> tuple[Figure, Any, Any]:
 def labelled(figure: Figure) -> Figure:
     """With every point of its horizontal axes written out."""
     for axes in figure.axes:
-        points = sorted({x for line in axes.lines for x in line.get_xdata()})
+        points = sorted({x for line in axes.lines for x in np.asarray(line.get_xdata(), float).tolist()})
         axes.set_xticks(points, [f"{x:g}" for x in points])
         axes.minorticks_off()
     return figure

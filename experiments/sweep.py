@@ -271,10 +271,9 @@ def over_runs(function: Callable, in_axes: Any = 0) -> Callable:
         axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
         if len(jax.tree.leaves(args[axes.index(0)])[0]) > 1:
             return jax.vmap(function, in_axes)(*args)
-        args = [
-            arg if axis is None else jax.tree.map(lambda x: x[0], arg) for arg, axis in zip(args, axes, strict=True)
-        ]
-        return jax.tree.map(lambda x: jnp.asarray(x)[None], function(*args))
+        pairs = zip(args, axes, strict=True)
+        own = [arg if axis is None else jax.tree.map(lambda x: x[0], arg) for arg, axis in pairs]
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], function(*own))
 
     return run
 
