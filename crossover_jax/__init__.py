@@ -6,7 +6,6 @@ from crossover_jax.algorithms import average_grads as average_grads
 from crossover_jax.algorithms import mix_after as mix_after
 from crossover_jax.algorithms import mix_all as mix_all
 from crossover_jax.algorithms import mix_during as mix_during
-from crossover_jax.algorithms import push_sum as push_sum
 from crossover_jax.consensus import check_copies as check_copies
 from crossover_jax.consensus import consensus_distance as consensus_distance
 from crossover_jax.cuts import Cut as Cut
@@ -30,6 +29,7 @@ from crossover_jax.presets import crossover_sgd_phases as crossover_sgd_phases
 from crossover_jax.presets import d_psgd as d_psgd
 from crossover_jax.presets import local_sgd as local_sgd
 from crossover_jax.presets import sgp as sgp
+from crossover_jax.push_sum import push_sum as push_sum
 from crossover_jax.resize import average_matrix as average_matrix
 from crossover_jax.resize import check_counters as check_counters
 from crossover_jax.resize import overlap_matrix as overlap_matrix

@@ -5,12 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from crossover_jax.cuts import Cut, widened
-from crossover_jax.mixing import Mix, Table, average, exchange, push_weights, unbias
-from crossover_jax.topology.pool import Pool
+from crossover_jax.cuts import widened
+from crossover_jax.mixing import Mix, average
 
 PyTree = Any
 
@@ -132,57 +130,6 @@ def average_grads(optimizer: optax.GradientTransformation, axis: str = "worker",
         return optax.apply_updates(params, updates), state
 
     return Algorithm(optimizer.init, update)
-
-
-class PushSumState(NamedTuple):
-    optimizer: PyTree
-    weights: jax.Array  # [segments, workers], the same on all workers
-
-
-def push_sum(
-    optimizer: optax.GradientTransformation,
-    pool: Pool,
-    table: Table,
-    cut: Cut,
-    *,
-    axis: str = "worker",
-    where: Callable[[str], bool] | None = None,
-    specs: PyTree = None,
-) -> Algorithm:
-    """Stochastic gradient push: x <- W(x + u(z)), w <- W w, z = x / w, for pools that keep only mass.
-
-    Gradient, optimizer and weight decay see the unbiased z; the optimizer's update is added to the biased x. Where the
-    pool keeps agreement too, w stays 1 and this is `mix_after`. Raises `ValueError` if the pool does not keep mass.
-
-    Reference: Assran et al., Stochastic Gradient Push, arXiv:1811.10792, Algorithm 1.
-
-    >>> from crossover_jax import cycle, pull, whole
-    >>> algorithm = push_sum(optax.sgd(0.0), pull(4, 1).transpose(), cycle(1, 1), whole())
-    >>> x = jnp.arange(4.0)
-    >>> step = jax.vmap(lambda x, s: algorithm.update(x, s, x, 0), in_axes=(0, None), axis_name="worker")
-    >>> x, state = step(x, algorithm.init(x[0]))
-    >>> x.sum().item(), state.weights[0].sum().item()
-    (6.0, 4.0)
-    """
-    if not pool.keeps_mass:
-        raise ValueError("`pool` must keep mass (columns of W sum to 1) for push-sum, this one does not: transpose it?")
-    optimizer = optax.with_extra_args_support(optimizer)
-    mix, push, z = (
-        exchange(pool, table, cut, axis, where=where, specs=specs),
-        push_weights(pool, table),
-        unbias(cut, axis, where=where, specs=specs),
-    )
-
-    def init(params):
-        weights = jnp.ones((cut.num_segments, pool.num_workers), jax.dtypes.canonicalize_dtype(np.float64))
-        return PushSumState(optimizer.init(params), weights)
-
-    def update(grads, state, params, step, **extra):
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, z(params, state.weights), **extra)
-        params = mix(optax.apply_updates(params, updates), step)
-        return params, PushSumState(optimizer_state, push(state.weights, step))
-
-    return Algorithm(init, update, lambda params, state: z(params, state.weights))
 
 
 class CountedState(NamedTuple):

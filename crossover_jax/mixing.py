@@ -20,7 +20,7 @@ from crossover_jax.cuts import Cut, Packing, flatten, travels, widened
 from crossover_jax.inner import on_parts
 from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.tables import Table
-from crossover_jax.wire import check_wire, decode, encode
+from crossover_jax.wire import check_wire, decode, encode, said
 
 PyTree = Any
 Step = Integer[Array, ""] | int | np.integer
@@ -91,7 +91,7 @@ def exchange(
     check_wire(wire)
 
     def mix(tree: PyTree, step: Step) -> PyTree:
-        _check_axis(axis, pool.num_workers)
+        check_axis(axis, pool.num_workers)
         traced = () if isinstance(step, int | np.integer) else (step,)
 
         def mix_packed(flat: Array, packing: Packing, *traced: Array) -> Array:
@@ -100,15 +100,15 @@ def exchange(
             if fixed is None and not is_channels(table, cut):
                 _check_same_step(now, axis)
             if _is_simulated(axis):
-                row = _row(table, now) if fixed is None else jnp.asarray(fixed)
+                row = row_at(table, now) if fixed is None else jnp.asarray(fixed)
                 return _by_index(flat, packing.bounds, row, pool, axis, wire)
             if fixed is not None:
                 return _by_channels(flat, _static_channels(fixed, packing.bounds), pool, axis, wire)
             if is_channels(table, cut):
                 return _by_channels(flat, _traced_channels(table, now, packing.bounds), pool, axis, wire)
-            return _by_switch(flat, packing.bounds, _row(table, now), table, pool, axis, wire)
+            return _by_switch(flat, packing.bounds, row_at(table, now), table, pool, axis, wire)
 
-        return _map_packed(mix_packed, tree, cut, axis, where, specs, *traced)
+        return map_packed(mix_packed, tree, cut, axis, where, specs, *traced)
 
     return mix
 
@@ -131,7 +131,7 @@ def _is_constant(table: Table) -> bool:
     return bool((table == table[0]).all())
 
 
-def _row(table: Table, step: Any) -> Array:
+def row_at(table: Table, step: Any) -> Array:
     """The table's row at a traced `step`."""
     return jnp.asarray(table)[_wrapped(step, len(table))]
 
@@ -172,7 +172,7 @@ def _by_channels(flat: Array, channels: Channels, pool: Pool, axis: str, wire: s
     received = [_received(x, pool, p, axis, wire) for x, (p, _) in zip(sent, channels, strict=True)]
     sent, received = lax.optimization_barrier((sent, received))
     shares = [_shares(pool, p, axis) for p, _ in channels]
-    own = [decode(encode(x, wire), x, wire) for x in sent]  # `x` itself where nothing is lost
+    own = [said(x, wire) for x in sent]
     mixed = [_averaged(*each) for each in zip(sent, own, received, shares, strict=True)]
     mixed = lax.optimization_barrier(mixed)
     if sum(x.size for x in mixed) == flat.size:  # nothing stays at home, so `flat` itself is not needed any more
@@ -195,8 +195,7 @@ def _by_switch(
     def mix_round(p: int, x: Array) -> Array:
         if p < 0:
             return x
-        own = decode(encode(x, wire), x, wire)
-        return _averaged(x, own, _received(x, pool, p, axis, wire), _shares(pool, p, axis))
+        return _averaged(x, said(x, wire), _received(x, pool, p, axis, wire), _shares(pool, p, axis))
 
     parts = []
     for s in range(table.shape[1]):
@@ -214,15 +213,15 @@ def _by_index(flat: Array, bounds: tuple[int, ...], row: Array, pool: Pool, axis
     (benchmarks/simulated_exchange.py).
     """
     parts = [flat[start:end] for start, end in itertools.pairwise(bounds)]
-    said = [decode(encode(x, wire), x, wire) for x in parts]
-    everyone, me = lax.all_gather(jnp.concatenate(said), axis), lax.axis_index(axis)
+    own = [said(x, wire) for x in parts]
+    everyone, me = lax.all_gather(jnp.concatenate(own), axis), lax.axis_index(axis)
     round_ = jnp.maximum(row, 0)
     share = jnp.asarray(pool.share, widened(flat.dtype))[round_, :, me]
     sources = jnp.asarray(pool.receive_from)[round_, :, me]
     mixed = []
     for s, (start, end) in enumerate(itertools.pairwise(bounds)):
         received = [jnp.take(everyone[:, start:end], j, axis=0, mode="clip") for j in sources[s]]
-        mixed.append(jnp.where(row[s] < 0, parts[s], _averaged(parts[s], said[s], received, share[s])))
+        mixed.append(jnp.where(row[s] < 0, parts[s], _averaged(parts[s], own[s], received, share[s])))
     return jnp.concatenate(mixed)
 
 
@@ -284,7 +283,7 @@ def average(axis: str = "worker", *, where: Callable[[str], bool] | None = None,
 
     def mix(tree: PyTree, step: Step) -> PyTree:
         del step
-        _check_axis(axis)
+        check_axis(axis)
         return _map_parts(lambda names, parts: [_mean(part, axis) for part in parts], tree, axis, where, specs)
 
     return mix
@@ -308,7 +307,7 @@ def every(k: int, mix: Mix, axis: str = "worker") -> Mix:
         raise ValueError(f"`k` must be at least 1, got {k}.")
 
     def mix_sometimes(tree: PyTree, step: Step) -> PyTree:
-        _check_axis(axis)
+        check_axis(axis)
         if isinstance(step, int | np.integer):
             return mix(tree, int(step) // k) if step % k == k - 1 else tree
         _check_same_step(step, axis)
@@ -356,53 +355,7 @@ def chain(*mixes: Mix) -> Mix:
     return mix
 
 
-def push_weights(pool: Pool, table: Table) -> Callable[[Array, Step], Array]:
-    """Push-sum weights of all workers after a round: w[s] <- W w[s], W = pool.matrix(table[step, s]).
-
-    They depend on pool and table only, so every worker computes all of them, `[segments, workers]`, and none is sent.
-
-    Reference: Stochastic Gradient Push, arXiv:1811.10792, Algorithm 1.
-    """
-    everyone = np.broadcast_to(np.arange(pool.num_workers), (1, pool.num_workers))
-    # The last round is the one in which everybody stays at home, so that −1 in the table finds it.
-    share = np.concatenate([pool.share, np.eye(pool.num_peers + 1)[:1, :, None] + 0 * pool.share[:1]])
-    sources = np.concatenate([pool.receive_from, np.broadcast_to(everyone, (1, *pool.receive_from.shape[1:]))])
-
-    def push(weights: Array, step: Step) -> Array:
-        row = _row(table, jnp.asarray(step))
-        own, *others = jnp.moveaxis(jnp.asarray(share, weights.dtype)[row], 1, 0)
-        pushed = own * weights
-        for k, part in enumerate(others):
-            pushed = pushed + part * jnp.take_along_axis(weights, jnp.asarray(sources)[row, k], axis=1)
-        return pushed
-
-    return push
-
-
-def unbias(
-    cut: Cut, axis: str = "worker", *, where: Callable[[str], bool] | None = None, specs: PyTree = None
-) -> Callable[[PyTree, Array], PyTree]:
-    """Divide each segment of a worker's values by its push-sum weight: z = x / w, the model that SGP trains.
-
-    Weights are `[segments, workers]`, as `push_weights` keeps them.
-
-    Reference: Stochastic Gradient Push, arXiv:1811.10792, Algorithm 1.
-    """
-
-    def divide_packed(flat: Array, packing: Packing, weights: Array) -> Array:
-        wide = widened(flat.dtype)
-        own = weights[:, lax.axis_index(axis)].astype(wide)
-        scale = jnp.repeat(own, np.diff(packing.bounds), total_repeat_length=packing.bounds[-1])
-        return (flat.astype(wide) / scale).astype(flat.dtype)
-
-    def divide(tree: PyTree, weights: Array) -> PyTree:
-        _check_axis(axis)
-        return _map_packed(divide_packed, tree, cut, axis, where, specs, weights)
-
-    return divide
-
-
-def _map_packed(
+def map_packed(
     function: Callable[..., Array],
     tree: PyTree,
     cut: Cut,
@@ -491,7 +444,7 @@ def _checked(table: Table, pool: Pool, cut: Cut) -> Table:
     return table
 
 
-def _check_axis(axis: Any, num_workers: int | None = None) -> None:
+def check_axis(axis: Any, num_workers: int | None = None) -> None:
     if not isinstance(axis, str):
         raise ValueError(
             f"`axis` must be one name, got {axis!r}: exchange along one axis, then along the other (`chain`)."

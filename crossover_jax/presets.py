@@ -9,9 +9,10 @@ from typing import Any
 
 import optax
 
-from crossover_jax.algorithms import Algorithm, average_grads, mix_after, mix_all, mix_during, push_sum
+from crossover_jax.algorithms import Algorithm, average_grads, mix_after, mix_all, mix_during
 from crossover_jax.cuts import Cut, by_size, whole
 from crossover_jax.mixing import Table, average, every, gossip, repeat
+from crossover_jax.push_sum import push_sum
 from crossover_jax.topology.graphs import exponential, ring
 from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.random import balanced, latin, pull

@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float64
 
-from crossover_jax.algorithms import PushSumState
 from crossover_jax.cuts import flatten, travels, widened
+from crossover_jax.push_sum import PushSumState
 
 PyTree = Any
 

@@ -1,4 +1,4 @@
-"""What messages say: vectors in fewer bits, `encode` for sending them and `decode` for what they say, Q(x)."""
+"""What messages say: a vector `x` is sent as `encode(x)`, and whoever `decode`s that gets Q(x) = `said(x)`."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -60,3 +60,8 @@ def decode(message: Array, x: Array, wire: str | None) -> Array:
         blocks = jnp.pad(whole, (0, -x.size % BLOCK)).reshape(-1, BLOCK)
         return (blocks * scale[:, None]).reshape(-1)[: x.size]
     return lax.bitcast_convert_type(message, jnp.dtype(wire))
+
+
+def said(x: Array, wire: str | None) -> Array:
+    """Q(x), what a message says of `x`: `x` itself where nothing is lost."""
+    return decode(encode(x, wire), x, wire)

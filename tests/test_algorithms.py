@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from crossover_jax.compiled import collectives
+from crossover_jax.push_sum import PushSumState
 from experiments.step import init_state, make_train_step
 from tests.oracles import mixed_by_matrices
 
@@ -503,7 +504,7 @@ def test_mistakes_are_one_sentence():
         cj.crossover_sgd(optax.sgd(0.1), 4, pool=cj.latin(8, 2))
     for unbound in (
         lambda: cj.every(2, cj.average())(jnp.zeros(2), 0),
-        lambda: pushed(optax.sgd(0.1), 8, None).model(jnp.zeros(2), cj.algorithms.PushSumState((), jnp.ones((1, 8)))),
+        lambda: pushed(optax.sgd(0.1), 8, None).model(jnp.zeros(2), PushSumState((), jnp.ones((1, 8)))),
     ):
         with pytest.raises(ValueError, match="axis 'worker' is not bound"):
             unbound()

@@ -250,7 +250,7 @@ def said_in_int8(x):
     for start in range(0, flat.shape[1], 256):
         block = flat[:, start : start + 256]
         scale = np.abs(block).max(1, keepdims=True) / 127
-        said[:, start : start + 256] = np.rint(block / scale) * scale
+        said[:, start : start + 256] = np.rint(block / np.where(scale, scale, 1)) * scale
     return said.reshape(x.shape)
 
 
@@ -281,16 +281,13 @@ def test_int8_scales_belong_to_256_values_each(where):
     x[0, :256] = 0.0
     pool, table, cut = cj.latin(8, 1), cj.cycle(1, 1), cj.whole()
     got = run(cj.gossip(pool, table, cut, wire="int8"), places(8)[where], {"x": x}, 0)["x"]
-    x = x.astype(np.float64)
-    blocks = np.pad(x, ((0, 0), (0, 168))).reshape(8, 3, 256)
-    scale = np.abs(blocks).max(2, keepdims=True) / 127
-    q = (np.rint(blocks / np.where(scale, scale, 1)) * scale).reshape(8, -1)[:, :600]
+    x, q = x.astype(np.float64), said_in_int8(x)
     np.testing.assert_allclose(got, x + pool.matrix(0) @ q - q, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.mean(0), x.mean(0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("wire", "sent_as", "share", "floor"), [("bfloat16", "u16", 0.5, 2**-8), ("int8", "u8", 0.27, 2**-6)]
+    ("wire", "sent_as", "share", "floor"), [("bfloat16", "u16", 1 / 2, 2**-8), ("int8", "u8", 65 / 256, 2**-6)]
 )
 def test_narrow_messages_are_so_long_and_keep_the_sum_for_a_thousand_rounds(wire, sent_as, share, floor):
     mesh = places(8)["mesh"]
@@ -298,12 +295,11 @@ def test_narrow_messages_are_so_long_and_keep_the_sum_for_a_thousand_rounds(wire
     mixes = [cj.gossip(cj.latin(8, 4), cj.shuffle(4, 4), cj.by_size(4), wire=each) for each in (None, wire)]
     one = jax.tree.map(lambda x: x[0], tree)
     sent = [wire_bytes(lambda x, mix=mix: mix(x, 0), one, num_workers=8) for mix in mixes]
-    assert 0.9 * share * sent[0] < sent[1] <= share * sent[0]
+    assert sent[1] == share * sent[0]
     placed = jax.device_put(tree, NamedSharding(mesh, P("worker")))
     text = cj.per_worker(mixes[1], mesh, (1,)).lower(placed, jnp.int32(0)).compile().as_text()
-    assert (
-        re.findall(r"= (\w+)\[\d+\]\S* collective-permute\(", text) == [sent_as] * 4
-    )  # in the program, not only traced
+    # In the program, not only where it was traced.
+    assert re.findall(r"= (\w+)\[\d+\]\S* collective-permute\(", text) == [sent_as] * 4
     mix = cj.per_worker(mixes[1], 8, (1,))
     mixed = jax.tree.map(jnp.asarray, tree)
     for t in range(1000):

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
+from crossover_jax.push_sum import PushSumState
 
 SIZES = [(8, 4), (4, 8), (8, 1), (1, 8), (8, 6), (6, 8), (8, 8), (7, 3)]
 MATRICES = {"overlap": cj.overlap_matrix, "average": cj.average_matrix}
@@ -124,7 +125,7 @@ def test_counters_that_differ_are_refused_by_leaf_and_values_and_cannot_be_while
         with pytest.raises(ValueError, match="leaf 'key' must be equal on all workers"):
             check({"key": jax.random.split(jax.random.key(0), 8)})
         with pytest.raises(ValueError, match=r"leaf 'weights' must be .*, got 1.0 on worker 0 and 2.0 on worker 3"):
-            check(cj.algorithms.PushSumState((), jnp.ones((8, 1, 8)).at[3, 0, 4].set(2)))
+            check(PushSumState((), jnp.ones((8, 1, 8)).at[3, 0, 4].set(2)))
     cj.check_counters({"w": jnp.arange(8.0)})
     cj.check_counters({})
     np.testing.assert_array_equal(jax.jit(partial(cj.resize, matrix=matrix))(state)["opt"]["count"], np.zeros((4, 3)))
@@ -148,7 +149,7 @@ def test_mistakes_are_one_sentence():
         with pytest.raises(ValueError, match=rf"`matrix` must be \[m, n\] with rows that sum to 1, got {got}"):
             cj.resize(jnp.zeros(8), wrong)
     with pytest.raises(ValueError, match=r"push-sum weights must be \[n, segments, n\], got \(8, 1, 4\)"):
-        cj.resize(cj.algorithms.PushSumState((), jnp.ones((8, 1, 4))), matrix)
+        cj.resize(PushSumState((), jnp.ones((8, 1, 4))), matrix)
 
 
 ADAM = optax.adam(1e-2)
@@ -213,7 +214,7 @@ def test_values_and_push_sum_weights_are_resized_together_and_training_goes_on(n
 def test_push_sum_workers_that_are_equal_stay_equal_in_model_and_weights(kind):
     algorithm = ALGORITHMS["push_sum, pull"](6)
     weights = jnp.broadcast_to(jnp.asarray([[1.7], [0.3], [1.1]]), (8, 3, 8))
-    state = (jnp.tile(jnp.asarray(normal(9)), (8, 1)), cj.algorithms.PushSumState((), weights))
+    state = (jnp.tile(jnp.asarray(normal(9)), (8, 1)), PushSumState((), weights))
     x, resized = cj.resize(state, MATRICES[kind](8, 6))
     np.testing.assert_array_equal(resized.weights, np.broadcast_to(weights[:1, :, :1], (6, 3, 6)))
     model = jax.vmap(algorithm.model, axis_name="worker")(x, resized)
@@ -221,7 +222,7 @@ def test_push_sum_workers_that_are_equal_stay_equal_in_model_and_weights(kind):
 
 
 def test_push_sum_is_found_wherever_it_is_and_whatever_is_inside():
-    nested = cj.algorithms.PushSumState({"mu": jnp.arange(8.0)}, jnp.ones((8, 2, 8)))
+    nested = PushSumState({"mu": jnp.arange(8.0)}, jnp.ones((8, 2, 8)))
     resized = cj.resize({"a": [nested, jnp.arange(8.0)]}, cj.overlap_matrix(8, 4))["a"]
     assert resized[0].weights.shape == (4, 2, 4)
     np.testing.assert_array_equal(resized[0].optimizer["mu"], resized[1])

@@ -10,7 +10,6 @@ import pathlib
 import struct
 import subprocess
 import sys
-import tarfile
 import urllib.error
 
 import numpy as np
@@ -21,6 +20,7 @@ from PIL import Image
 
 from experiments import data
 from experiments.data import augment, batches, builders, convert, datasets, prepare, raw, sources
+from tests.experiments import stand_ins
 
 RNG = np.random.default_rng(0)
 
@@ -202,63 +202,21 @@ def test_mnist_files_are_read_back_equal_by_tfds_and_by_load(tmp_path, monkeypat
     assert as_set(*data.load("mnist", "test", data_dir=tmp_path / "d").source) == as_set(x_test, y_test)
 
 
-def test_cifar10_archive_is_read_back_equal(tmp_path, monkeypatch):
+def test_cifar10_archive_is_read_back_equal(tmp_path):
     images, labels = RNG.integers(0, 256, (12, 32, 32, 3), np.uint8), RNG.integers(0, 10, 12, np.uint8)
-    records = np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(12, -1)], axis=1)
-    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-    files = {name: part.tobytes() for name, part in zip(names, np.split(records, 6), strict=True)}
-    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    files["batches.meta.txt"] = "\n".join(classes).encode() + b"\n\n"
-    archive = tar_of({f"cifar-10-batches-bin/{name}": content for name, content in files.items()}, "w:gz")
-    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(archive)
+    stand_ins.write_cifar10(tmp_path, images, labels)
     with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is corrupt: its SHA-256 must be c4a38c50.*, got "):
         builders.prepare("cifar10", data_dir=tmp_path / "d", manual_dir=tmp_path)
-    monkeypatch.setitem(sources.SHA256["cifar10"], "cifar-10-binary.tar.gz", hashlib.sha256(archive).hexdigest())
-    builder = builders.prepare("cifar10", data_dir=tmp_path / "d", manual_dir=tmp_path)
+    builder = stand_ins.prepare_cifar10(tmp_path, images, labels)
     assert builder.info.full_name == "cifar10/3.0.2"
-    assert builder.info.features["label"].names == classes
-    assert as_set(*data.load("cifar10", "train", data_dir=tmp_path / "d").source) == as_set(images[:10], labels[:10])
-    assert read_by_tfds("cifar10", "test", tmp_path / "d") == as_set(images[10:], labels[10:])
-
-
-def tar_of(files, mode="w"):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def encoded(height, width, mode="RGB", form="JPEG"):
-    """A smooth image, as JPEG keeps it to a few grey levels."""
-    ramp = np.linspace(0, 255, height * width).reshape(height, width).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1)).convert(mode).save(buffer, form)
-    return buffer.getvalue()
+    assert builder.info.features["label"].names == stand_ins.CIFAR10_CLASSES
+    assert as_set(*data.load("cifar10", "train", data_dir=tmp_path).source) == as_set(images[:10], labels[:10])
+    assert read_by_tfds("cifar10", "test", tmp_path) == as_set(images[10:], labels[10:])
 
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """Two classes in the layout of ILSVRC2012, with a CMYK JPEG and a PNG under the names that have them there."""
-    root = tmp_path_factory.mktemp("imagenet")
-    classes = {
-        "n01440764": {f"n01440764_{i}.JPEG": encoded(40 + i, 60) for i in range(4)},
-        "n02105855": {
-            raw.stock_imagenet.PNG_IMAGES[0]: encoded(50, 50, form="PNG"),
-            raw.stock_imagenet.CMYK_IMAGES[0]: encoded(50, 50, mode="CMYK"),
-            "n02105855_7.JPEG": encoded(50, 40, mode="L"),
-        },
-    }
-    validation = {f"ILSVRC2012_val_0000000{i}.JPEG": encoded(30, 30 + i) for i in (2, 1, 3)}
-    train = tar_of({f"{name}.tar": tar_of(files) for name, files in classes.items()})
-    (root / "ILSVRC2012_img_train.tar").write_bytes(train)
-    (root / "ILSVRC2012_img_val.tar").write_bytes(tar_of(validation))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(raw, "imagenet_validation_labels", lambda: ["n01440764", "n02105855", "n01440764"])
-        builders.prepare("imagenet2012", data_dir=root, manual_dir=root, num_shards=2)
-    return root, classes, validation
+    return stand_ins.prepare_imagenet(tmp_path_factory.mktemp("imagenet"))
 
 
 def test_imagenet_tars_are_read_back_equal(imagenet):
@@ -303,7 +261,7 @@ def test_imagenet_batches_do_not_depend_on_workers_processes_or_threads(imagenet
 
 
 def test_central_crop_is_resize_256_then_crop_224():
-    content = encoded(512, 640)
+    content = stand_ins.encoded(512, 640)
     image = Image.open(io.BytesIO(content)).resize((320, 256), Image.Resampling.BILINEAR).crop((48, 16, 272, 240))
     ours = augment.central_crop(content, size=(224, 224))
     # Within: at its border, the crop of the resized image has seen pixels outside.
