@@ -144,7 +144,7 @@ def load_study(path: pathlib.Path) -> Study:
 def chosen(arms: Mapping[str, Arm], names: Sequence[str]) -> Mapping[str, Arm]:
     """These arms, and those whose learning rates they take. Raises `ValueError` for an unknown one."""
     if unknown := [name for name in names if name not in arms]:
-        raise ValueError(f"`--arms` must be among {', '.join(arms)}, got {unknown[0]!r}.")
+        raise ValueError(f"the arm must be among {', '.join(arms)}, got {unknown[0]!r}.")
     lenders = [arms[name].rate_of for name in names]
     return {name: arm for name, arm in arms.items() if name in names or name in lenders}
 

@@ -1,23 +1,31 @@
-"""The paper's configurations: its numbers, its segments, its bytes; nothing is trained."""
+"""The paper's configurations: its numbers, its segments, its bytes; real steps on a few images; machines they fit."""
 
 import importlib
+import math
 import re
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental import topologies
 
-from experiments import data, sweep
-from experiments.configs import cifar10_resnet
+from experiments import data, figures, preflight, sweep, train
+from experiments.configs import cifar10_resnet, fashion_mnist_study
 from experiments.program import check_settings, make_program, place_workers, wire_bytes_per_step
+from tests.experiments import stand_ins
 
 PARAMETERS = 25_557_032  # of ResNet-50
 ALL_IMAGES = 1_281_167
 SENT = {"allreduce": 2 * 7 / 8, "sgp": 1, "crossover": 1, "hierarchical": 1}  # models per worker and step
 
 
+def imagenet_config(name):
+    return importlib.import_module(f"experiments.configs.imagenet_resnet50_{name}").get_config()
+
+
 @pytest.mark.parametrize("name", SENT)
 def test_imagenet_as_the_paper_ran_it(name):
-    config = importlib.import_module(f"experiments.configs.imagenet_resnet50_{name}").get_config()
+    config = imagenet_config(name)
     check_settings(config)
     devices = 64 if name == "hierarchical" else 8
     steps = round(config.epochs * ALL_IMAGES / config.batch_size)
@@ -36,6 +44,48 @@ def test_imagenet_as_the_paper_ran_it(name):
     assert segments == (set(range(18)) if name in ("crossover", "hierarchical") else set())
     sent = wire_bytes_per_step(program.algorithm, program.shapes.params, config)
     assert sent == pytest.approx(SENT[name] * 4 * PARAMETERS, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def imagenet_dir(tmp_path_factory):
+    root, *_ = stand_ins.prepare_imagenet(tmp_path_factory.mktemp("imagenet"))
+    return root
+
+
+def check_steps(config, data_dir, workdir, num_classes):
+    """Two steps of `num_workers` devices with a row for each; the first loss is that of a guess."""
+    config.dataset.data_dir = str(data_dir)
+    config.steps, config.log_every, config.checkpoint.every, config.eval_batch_size = 2, 1, 0, config.num_workers
+    state, rows = train.train(config, workdir, devices=jax.devices()[: config.num_workers])
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(math.log(num_classes), rel=0.15)
+    assert np.isfinite(losses).all()
+    assert (rows[-1]["consensus_distance"] == 0) == (config.algorithm.name == "allreduce")
+    before = make_program(config, data.describe(config.dataset.name), config.num_workers, 2).init()
+    moved = jax.tree.map(lambda x, of_all: (np.asarray(x) != np.asarray(of_all)).any(), before.params, state.params)
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SENT)
+def test_imagenet_takes_real_steps_on_a_stand_in(name, imagenet_dir, tmp_path):
+    """Four workers, two micro-batches of as few images as BatchNorm's groups allow; all else as the paper ran it."""
+    config = imagenet_config(name)
+    config.num_workers, config.micro_batches = 4, 2
+    config.batch_size = 4 * 2 * config.model.options.get("bn_groups", 2)
+    check_steps(config, imagenet_dir, tmp_path, 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SENT)
+def test_imagenet_compiles_for_as_many_accelerators_as_the_paper_had(name):
+    """v5p, for 256 images in float32 take 20 GiB; the paper's V100 had 32."""
+    topology = "v5p:4x4x4" if name == "hierarchical" else "v5p:2x2x2"
+    chips = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    found = preflight.preflight(imagenet_config(name), chips, exchange_only=False)
+    assert found["workers"] == 8
+    assert found["step"]["peak_bytes_per_chip"] < found["memory_bytes_per_chip"]
 
 
 @pytest.mark.parametrize("name", ["batch", "workers", "ablations", "lars", "gap", "large"])
@@ -63,3 +113,38 @@ def test_cifar10_by_16_workers_is_one_model_per_step():
     shortcuts = 16 * 32 + 32 * 64 + 2 * (32 + 64)  # convolutions and their norms, where He et al. pad with zeros
     assert size == 269_722 + shortcuts
     assert wire_bytes_per_step(program.algorithm, program.shapes.params, config) == pytest.approx(4 * size, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_cifar10_takes_real_steps_on_a_stand_in(tmp_path):
+    rng = np.random.default_rng(0)
+    stand_ins.prepare_cifar10(
+        tmp_path, rng.integers(0, 256, (60, 32, 32, 3), np.uint8), np.arange(60, dtype=np.uint8) % 10
+    )
+    config = cifar10_resnet.get_config()
+    config.batch_size = 4 * config.num_workers
+    check_steps(config, tmp_path, tmp_path / "run", 10)
+
+
+@pytest.mark.slow
+def test_cifar10_compiles_for_16_accelerators_on_four_hosts():
+    chips = list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
+    found = preflight.preflight(cifar10_resnet.get_config(), chips, exchange_only=False)
+    assert (found["workers"], found["inside"], found["step"]["conditionals"]) == (16, {}, 0)
+    assert found["step"]["peak_bytes_per_chip"] < found["memory_bytes_per_chip"]
+
+
+@pytest.mark.parametrize("which", ["gap/allreduce", pytest.param("gap/three rounds in int8", marks=pytest.mark.slow)])
+def test_an_arm_s_run_by_train_is_the_row_of_the_study(which, data_dir, tmp_path):
+    config = fashion_mnist_study.get_config(which)
+    config.dataset.data_dir, config.checkpoint.every, config.eval_every = str(data_dir), 0, 10.0
+    _, rows = train.train(config, tmp_path)
+    accuracies = figures.final_accuracies(sweep.read(figures.PAPER.parent / "gap.csv"))[which.removeprefix("gap/")]
+    assert 100 * rows[-1]["eval/mean/accuracy"] == pytest.approx(accuracies[0], abs=0.25)  # in another rounding
+
+
+def test_a_study_or_an_arm_that_there_is_not_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match=r"must begin with one of ablations, batch, gap, .* got 'gaps/crossover'"):
+        fashion_mnist_study.get_config("gaps/crossover")
+    with pytest.raises(ValueError, match=r"must be among allreduce, .* got 'crossing'"):
+        fashion_mnist_study.get_config("gap/crossing")
