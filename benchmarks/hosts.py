@@ -1,0 +1,167 @@
+"""Hosts with real, limited links on one Linux machine: network namespaces on a bridge, `tbf` at both ends of each link.
+
+    sudo python benchmarks/hosts.py --hosts 4 --rate 50mbit -- sh -c 'hostname; ping -c 1 10.99.0.1'
+
+runs a command on every host, as root. Host i is 10.99.0.(i + 1), named host<i>, in namespaces of its own for network,
+host name and mounts. All of it lives in one more set of namespaces that the kernel takes down with this process,
+however it ends: nothing on the machine's own network is touched, and nothing is left behind.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+
+INSIDE = "CROSSOVER_JAX_LABORATORY"  # set for the process that holds the bridge
+NEEDED = ("unshare", "ip", "tc", "mount")
+# Waits for its interface, takes its name and its /etc/hosts, and becomes the command.
+HOST = 'read -r _ && hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+ENDS = ("out", "err")
+MAX_HOSTS = 250
+
+
+class Missing(Exception):
+    """Something without which this machine can have no hosts."""
+
+
+def address(host: int) -> str:
+    return f"10.99.0.{host + 1}"
+
+
+def check() -> None:
+    """Raises `Missing`, in one line, where there can be no hosts."""
+    if sys.platform != "linux":
+        raise Missing(f"hosts need Linux, this is {sys.platform}")
+    if os.geteuid() != 0:
+        raise Missing("hosts need root: network namespaces and rate limits are the kernel's")
+    if lacking := [name for name in NEEDED if not shutil.which(name)]:
+        raise Missing(f"hosts need {', '.join(lacking)} (packages util-linux and iproute2)")
+    trial = (
+        "ip link add t0 type bridge && ip link set lo up && tc qdisc add dev lo root tbf rate 1mbit burst 9k latency 1s"
+    )
+    done = subprocess.run(["unshare", "--net", "sh", "-c", trial], capture_output=True, text=True)
+    if done.returncode:
+        raise Missing(f"hosts need bridges, veth and tbf in this kernel: {done.stderr.strip()}")
+
+
+def enter() -> None:
+    """Run this very command in namespaces of its own, and end with it; returns in there. Raises `Missing`."""
+    if INSIDE in os.environ:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        return
+    check()
+    # The first process of a PID namespace takes all others with it. It goes with `unshare`, and that with this process.
+    own = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, *sys.argv]
+    sys.exit(subprocess.call(own, env={**os.environ, INSIDE: "1"}, preexec_fn=_end_with_parent))
+
+
+def _end_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def run(
+    commands: Sequence[Sequence[str]], *, rate: str | None, env: Mapping[str, str] | None = None, timeout: float = 600
+) -> list[str]:
+    """Run a command on each host, links limited to `rate` ("200mbit") in both directions; what each wrote to stdout.
+
+    Needs `enter`. Raises `RuntimeError` with the end of stderr where a command fails, and where it takes more than
+    `timeout` seconds; all are then killed.
+    """
+    if len(commands) > MAX_HOSTS:
+        raise ValueError(f"`commands` must be for at most {MAX_HOSTS} hosts, got {len(commands)}.")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
+        hosts = pathlib.Path(folder, "hosts")
+        names = "".join(f"{address(i)} host{i}\n" for i in range(len(commands)))
+        hosts.write_text(f"127.0.0.1 localhost\n{names}")
+        _ip("link add bridge0 type bridge", "link set bridge0 up")
+        started = []
+        try:
+            for i, command in enumerate(commands):
+                shell = ["unshare", "--net", "--uts", "--mount", "sh", "-c", HOST, f"host{i}", str(hosts), *command]
+                out, err = (opened.enter_context(open(pathlib.Path(folder, f"{i}.{end}"), "w+")) for end in ENDS)
+                host = subprocess.Popen(
+                    shell, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**os.environ, **(env or {})}
+                )
+                started.append((host, out, err))
+                _plug(i, host.pid, rate)
+            for host, *_ in started:
+                host.stdin.write("go\n")
+                host.stdin.close()
+            until = time.monotonic() + timeout
+            while any(host.poll() is None for host, *_ in started) and not any(host.poll() for host, *_ in started):
+                if time.monotonic() > until:
+                    raise RuntimeError(f"`timeout` must be longer: after {timeout} s hosts are still at work")
+                time.sleep(0.05)
+            for i, (host, _, err) in enumerate(started):
+                if host.returncode:
+                    raise RuntimeError(f"host {i} ended with {host.returncode}: {_whole(err)[-2000:]}")
+            return [_whole(out) for _, out, _ in started]
+        finally:
+            for host, *_ in started:
+                host.kill()
+                host.wait()
+            _ip("link del bridge0")  # the links went with their hosts
+
+
+def sent_bytes() -> int:
+    """Bytes of frames that this host has sent through its limit, headers included; 0 without a limit."""
+    said = subprocess.run(["tc", "-s", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True, check=True)
+    found = re.search(r"qdisc tbf .*?Sent (\d+) bytes", said.stdout, re.DOTALL)
+    return int(found[1]) if found else 0
+
+
+def _plug(i: int, pid: int, rate: str | None) -> None:
+    """Give the host with this process its link to the bridge."""
+    _wait_for_namespace(pid)
+    inside = ["nsenter", f"--net=/proc/{pid}/ns/net"]
+    _ip(f"link add port{i} type veth peer name eth0 netns {pid}", f"link set port{i} master bridge0 up")
+    _ip(f"addr add {address(i)}/24 dev eth0", "link set lo up", "link set eth0 up", inside=inside)
+    if rate:
+        for where, device in (([], f"port{i}"), (inside, "eth0")):
+            limit = f"tc qdisc add dev {device} root tbf rate {rate} burst 256kb latency 200ms"
+            subprocess.run([*where, *limit.split()], check=True)
+
+
+def _wait_for_namespace(pid: int) -> None:
+    own = os.readlink("/proc/self/ns/net")
+    while os.readlink(f"/proc/{pid}/ns/net") == own:
+        pass
+
+
+def _ip(*commands: str, inside: Sequence[str] = ()) -> None:
+    for command in commands:
+        subprocess.run([*inside, "ip", *command.split()], check=True)
+
+
+def _whole(file) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, required=True)
+    parser.add_argument("--rate", help="of each link in each direction, as tc writes it: 200mbit; default: no limit")
+    parser.add_argument("command", nargs="+", help="behind --")
+    args = parser.parse_args()
+    try:
+        enter()
+        said = run([args.command] * args.hosts, rate=args.rate)
+    except (Missing, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    for i, text in enumerate(said):
+        print("".join(f"host {i}: {line}\n" for line in text.splitlines()), end="")
+
+
+if __name__ == "__main__":
+    main()

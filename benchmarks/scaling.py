@@ -1,0 +1,207 @@
+"""What a step takes on hosts with limited links, beside what the links allow: AllReduce, SGP and Crossover-SGD.
+
+    sudo python benchmarks/scaling.py --hosts 8 --rate 200mbit --params 5e6 --algorithms allreduce,sgp,crossover/7
+
+One process per host on Gloo (`hosts.py`). An algorithm is a name and, behind slashes, its number of segments, a wire
+format, `during`: crossover/7/int8/during. `--compute 1.5` puts a timed wait into each step, 1.5 times as long as
+one model's transfer takes at that rate: a stand-in for the gradient, for the hosts share this machine's cores.
+
+Steps of all algorithms alternate, each after a barrier; a step takes as long as its slowest host, and the figure is
+their median. `limit_s` is what the links allow: payload / rate, beside the wait with `during`, else behind it.
+"""
+
+import argparse
+import csv
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import hosts
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+import crossover_jax as cj
+from crossover_jax.compiled import wire_bytes
+from crossover_jax.plan import as_table, bits_per_second
+from crossover_jax.wire import WIRES
+
+LEAVES = 8
+COLUMNS = (
+    *("algorithm", "hosts", "rate", "params", "compute_s", "step_s", "limit_s", "ratio_to_limit"),
+    *("payload_bytes", "frame_bytes"),
+)
+
+
+class Spec(NamedTuple):
+    """An algorithm as the command line names it."""
+
+    name: str
+    segments: int = 0
+    wire: str | None = None
+    during: bool = False
+
+
+def parsed(text: str) -> Spec:
+    """
+    >>> parsed("crossover/7/int8")
+    Spec(name='crossover', segments=7, wire='int8', during=False)
+    """
+    name, *options = text.split("/")
+    spec = Spec(name)
+    for option in options:
+        if option.isdigit():
+            spec = spec._replace(segments=int(option))
+        elif option in WIRES:
+            spec = spec._replace(wire=option)
+        elif option == "during":
+            spec = spec._replace(during=True)
+        else:
+            raise ValueError(f"an option of {name!r} must be a number, `during` or a wire, got {option!r}.")
+    if name not in ALGORITHMS:
+        raise ValueError(f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {name!r}.")
+    return spec
+
+
+def gossip(n: int, spec: Spec, table: Callable[[int, int], np.ndarray]) -> cj.Algorithm:
+    segments = spec.segments or min(n - 1, 8)
+    pool = cj.latin(n, min(segments, n - 1))
+    mix = cj.gossip(pool, table(segments, pool.num_rounds), cj.by_size(segments), wire=spec.wire)
+    return (cj.mix_during if spec.during else cj.mix_after)(optax.sgd(0.1), mix)
+
+
+ALGORITHMS: dict[str, Callable[[int, Spec], cj.Algorithm]] = {
+    "alone": lambda n, spec: cj.mix_after(optax.sgd(0.1), cj.chain()),
+    "allreduce": lambda n, spec: cj.allreduce_sgd(optax.sgd(0.1)),
+    "sgp": lambda n, spec: cj.sgp(optax.sgd(0.1), n),
+    "crossover": lambda n, spec: gossip(n, spec, cj.shuffle),
+    "switch": lambda n, spec: gossip(n, spec, cj.sample),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, default=8)
+    parser.add_argument("--rate", default="200mbit", help="of each link in each direction, as tc writes it")
+    parser.add_argument("--params", type=float, default=5e6, help="float32 parameters of the model")
+    parser.add_argument("--algorithms", default="allreduce,sgp,crossover/7,switch/7")
+    parser.add_argument("--compute", type=float, default=0.0, help="wait in each step, in transfers of one model")
+    parser.add_argument("--compute_s", type=float, help="the same in seconds")
+    parser.add_argument("--steps", type=int, default=10, help="of each algorithm")
+    parser.add_argument("--out", type=pathlib.Path, help="CSV to which rows are added")
+    parser.add_argument("--host", type=int, help=argparse.SUPPRESS)  # set for the processes on the hosts
+    args = parser.parse_args(argv)
+    try:
+        specs, transfer = [parsed(text) for text in args.algorithms.split(",")], 32 * args.params
+        compute_s = (
+            args.compute_s if args.compute_s is not None else args.compute * transfer / bits_per_second(args.rate)
+        )
+        if args.host is not None:
+            on_host(args.host, args.hosts, specs, int(args.params), compute_s, args.steps)
+            return
+        hosts.enter()
+        command = [sys.executable, __file__, *argv, "--host"]
+        env = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}  # threads: a message in flight holds one
+        said = hosts.run([[*command, str(i)] for i in range(args.hosts)], rate=args.rate, env=env, timeout=3600)
+    except (hosts.Missing, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    rows = summary([json.loads(text.splitlines()[-1]) for text in said], args, specs, compute_s)
+    print(table(rows))
+    if args.out:
+        is_new = not args.out.exists()
+        with open(args.out, "a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if is_new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def on_host(me: int, n: int, specs: Sequence[Spec], num_params: int, compute_s: float, num_steps: int) -> None:
+    """Time the steps on this host, and print seconds and bytes as JSON."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"{hosts.address(0)}:9000", n, me)
+    mesh = cj.make_mesh(n)
+    params = functools.partial(model, num_params)
+    runs, found = [], {"payload": [], "frames": [[] for _ in specs], "seconds": [[] for _ in specs]}
+    for spec in specs:
+        algorithm = ALGORITHMS[spec.name](n, spec)
+        state = cj.copies(lambda algorithm=algorithm: (params(), algorithm.init(params())), mesh)
+        step = cj.per_worker(functools.partial(step_of, algorithm, compute_s), mesh, (1,))
+        runs.append([step, state])
+        one = jax.eval_shape(params)
+        grads_and_state = (one, jax.eval_shape(algorithm.init, one), one)
+        found["payload"].append(
+            wire_bytes(
+                lambda g, s, x, algorithm=algorithm: algorithm.update(g, s, x, 0), *grads_and_state, num_workers=n
+            )
+        )
+    for t in range(-1, num_steps):  # the first compiles
+        for i, run in enumerate(runs):
+            multihost_utils.sync_global_devices(f"{t} {i}")
+            sent, began = hosts.sent_bytes(), time.perf_counter()
+            run[1] = jax.block_until_ready(run[0](run[1], np.int32(t + 1)))
+            seconds = time.perf_counter() - began
+            multihost_utils.sync_global_devices("all has arrived")
+            if t >= 0:
+                found["seconds"][i].append(seconds)
+                found["frames"][i].append(hosts.sent_bytes() - sent)
+    print(json.dumps(found))
+
+
+def model(num_params: int) -> dict[str, jax.Array]:
+    return {str(i): jnp.full(num_params // LEAVES, 1.0, jnp.float32) for i in range(LEAVES)}
+
+
+def step_of(algorithm: cj.Algorithm, compute_s: float, state: Any, step: jax.Array) -> Any:
+    params, algorithm_state = state
+    grads = jax.tree.map(lambda x: 0 * x, params)  # which the compiler cannot fold away, as it does zeros
+    if compute_s:
+        first = jax.tree.leaves(params)[0][:1]
+        done = jax.pure_callback(functools.partial(wait, compute_s), jax.ShapeDtypeStruct((1,), jnp.float32), first)
+        grads = jax.tree.map(lambda g: g + 0 * done, grads)
+    return algorithm.update(grads, algorithm_state, params, step)
+
+
+def wait(seconds: float, x: Any) -> np.ndarray:
+    time.sleep(seconds)
+    return np.asarray(x)
+
+
+def summary(found: Sequence[dict], args: argparse.Namespace, specs: Sequence[Spec], compute_s: float) -> list[dict]:
+    rows = []
+    for i, (text, spec) in enumerate(zip(args.algorithms.split(","), specs, strict=True)):
+        step_s = statistics.median(max(seconds) for seconds in zip(*(own["seconds"][i] for own in found), strict=True))
+        payload = statistics.mean(own["payload"][i] for own in found)
+        frames = statistics.mean(statistics.mean(own["frames"][i]) for own in found)
+        transfer_s = 8 * payload / bits_per_second(args.rate)
+        limit_s = max(compute_s, transfer_s) if spec.during else compute_s + transfer_s
+        values = (
+            *(text, args.hosts, args.rate, int(args.params), round(compute_s, 4), round(step_s, 4)),
+            *(round(limit_s, 4), round(step_s / limit_s, 3) if limit_s else None, round(payload), round(frames)),
+        )
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def table(rows: Sequence[dict]) -> str:
+    lines = [
+        (
+            *(row["algorithm"], f"{row['step_s']:.3f} s", f"{row['limit_s']:.3f} s", row["ratio_to_limit"] or ""),
+            *(f"{row[name] / 1e6:.2f} MB" for name in ("payload_bytes", "frame_bytes")),
+        )
+        for row in rows
+    ]
+    return as_table(("algorithm", "step", "limit", "ratio", "payload", "frames"), lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

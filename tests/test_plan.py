@@ -1,0 +1,116 @@
+"""What a step takes on given links, against counts by hand; and measurements made up from known links, read back."""
+
+import numpy as np
+import pytest
+
+from crossover_jax import plan
+from crossover_jax.__main__ import main
+
+LINK = plan.Link(rate=100e6, latency=1e-3)  # a million float32 take 40 ms
+
+
+def step_of(name, wire="float32", *, workers=16, compute=0.09, link=LINK, inside=0.0):
+    (found,) = (w for w in plan.ways(1e6, workers, compute, link, inside) if (w.name, w.wire) == (name, wire))
+    return found
+
+
+def test_steps_are_those_counted_by_hand():
+    ring = 2 * 4 * 1e-3 + 2 * 15 / 16 * 0.04  # 83 ms
+    assert step_of("allreduce").step == pytest.approx(0.09 + ring)
+    assert step_of("allreduce, beside the backward pass").step == pytest.approx(0.03 + ring)  # a third is forward
+    assert step_of("crossover").step == pytest.approx(0.09 + 0.041)
+    assert step_of("crossover, during").step == pytest.approx(0.09)
+    assert step_of("crossover, during", compute=0.02).step == pytest.approx(0.041)
+    assert step_of("crossover, 3 rounds", "int8").sent == 3 * 65 / 64 * 1e6
+    assert step_of("crossover, 3 rounds", "int8").transfer == pytest.approx(3 * (1e-3 + 65 / 64 * 0.01))
+    # 41 ms beside steps of 15 take three of them, a third of the model in each.
+    streamed = step_of("crossover, streamed over 3 steps", compute=0.015)
+    assert (streamed.sent, streamed.step) == (pytest.approx(4e6 / 3), pytest.approx(0.015))
+
+
+def test_gradients_averaged_inside_a_worker_hide_behind_its_backward_pass_first():
+    assert step_of("crossover, during", inside=0.05).step == pytest.approx(0.09)
+    assert step_of("crossover, during", inside=0.08).step == pytest.approx(0.11)
+    assert step_of("allreduce, beside the backward pass", inside=0.05, workers=2).step == pytest.approx(0.122)
+
+
+def test_the_fastest_comes_first_and_fewer_bytes_before_more():
+    found = plan.ways(1e6, 16, 1.0, LINK)
+    assert [(way.step, way.sent) for way in found] == sorted((way.step, way.sent) for way in found)
+    assert (found[0].name, found[0].wire) == ("crossover, during", "int8")
+
+
+def test_gossip_s_time_does_not_depend_on_the_number_of_workers_and_all_reduce_s_does():
+    assert len({step_of("crossover", workers=n).step for n in (2, 64, 10_000)}) == 1
+    times = [step_of("allreduce", workers=n).transfer for n in (2, 16, 256)]
+    assert times == sorted(times)
+    assert times[0] == pytest.approx(2e-3 + 0.04)
+
+
+def test_below_the_rate_of_break_even_gossip_saves_5_percent_and_above_it_less():
+    rate = plan.break_even(1e6, 16, 0.09, LINK)
+
+    def saved(rate):
+        at = plan.Link(rate, LINK.latency)
+        return (
+            1
+            - step_of("crossover, during", link=at).step / step_of("allreduce, beside the backward pass", link=at).step
+        )
+
+    assert saved(rate) > 0.05 > saved(1.02 * rate)
+    # By hand: 0.03 + 0.008 + 7.5e6 / rate = 0.09 / 0.95.
+    assert rate == pytest.approx(7.5e6 / (0.09 / 0.95 - 0.038), rel=0.02)
+    assert plan.break_even(1e6, 2, 10.0, plan.Link(1e9, 10.0)) is not None  # waiting can cost more than bytes
+    assert plan.break_even(1.0, 2, 1e9, plan.Link(1e9, 0.0)) is None
+
+
+def test_groups_average_among_members_and_gossip_between_groups():
+    found = {n: (way.step, inside) for n, way, inside in plan.groups(1e6, 16, 0.09, LINK)}
+    assert list(found) == [2, 4, 8, 16]
+    inside = plan.allreduce_seconds(4e6, 4, LINK)
+    assert found[4] == (pytest.approx(max(0.09, 0.03 + inside)), inside)
+    assert found[16] == (pytest.approx(0.09), 0.0)
+
+
+@pytest.mark.parametrize(("latency", "slowdown"), [(0.004, 1.07), (0.0, 1.3)])
+def test_a_fit_finds_the_links_that_measurements_were_made_up_with(latency, slowdown):
+    rows = []
+    for algorithm in ("sgp", "crossover/7", "crossover/7/during", "allreduce", "alone"):
+        for rate in ("50mbit", "1gbit"):
+            for hosts in (2, 8):
+                share = {"allreduce": 2 * (hosts - 1) / hosts, "alone": 0}.get(algorithm, 1)
+                waits = {"allreduce": 2 * np.log2(hosts), "alone": 0}.get(algorithm, 1)
+                exchange = waits * latency + slowdown * 8 * share * 4e6 / plan.bits_per_second(rate)
+                step = max(0.1, exchange) if "during" in algorithm else 0.1 + exchange
+                rows.append({"algorithm": algorithm, "hosts": hosts, "rate": rate, "compute_s": 0.1})
+                rows[-1] |= {"step_s": step, "payload_bytes": share * 4e6}
+    found = plan.fit(rows)
+    assert (found.latency, found.slowdown) == (pytest.approx(latency, abs=1e-9), pytest.approx(slowdown))
+    np.testing.assert_allclose(found.predicted, [row["step_s"] for row in rows])
+    assert found.error < 1e-9
+    with pytest.raises(ValueError, match="must have steps with an exchange after the gradient"):
+        plan.fit([row for row in rows if "during" in row["algorithm"]])
+
+
+def test_the_command_prints_the_table_and_refuses_in_one_line(capsys, tmp_path):
+    given = ["plan", "--params", "25.6e6", "--workers", "64", "--compute-ms", "200", "--dcn-gbps", "25"]
+    assert main(given) == 0
+    said = capsys.readouterr().out
+    assert "64 workers, 25.6 million parameters, 200 ms of compute, links of 25 Gbit/s, 50 µs" in said
+    assert ["crossover,", "during", "float32", "102.4", "MB", "32.82", "ms", "200", "ms"] in [
+        line.split() for line in said.splitlines()
+    ]
+    path = tmp_path / "x.csv"
+    path.write_text(
+        "algorithm,hosts,rate,compute_s,step_s,payload_bytes\nsgp,4,8mbit,0,2.2,2000000\nsgp,4,16mbit,0,1.1,2000000\n"
+    )
+    assert main(["plan", "--fit", str(path)]) == 0
+    assert "1.100 times the transfer" in capsys.readouterr().out
+    for wrong, message in (
+        (given[:-2], "--dcn-gbps must be given"),
+        ([*given, "--workers", "1"], "`workers` must be at least 2, got 1"),
+        ([*given, "--dcn-gbps", "-1"], "`--dcn-gbps` must be positive, got -1"),
+        ([*given, "--chips", "4"], "--ici-gbps must be given"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
