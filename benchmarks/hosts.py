@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 INSIDE = "CROSSOVER_JAX_LABORATORY"  # set for the process that holds the bridge
-NEEDED = ("unshare", "ip", "tc", "mount")
+NEEDED = ("unshare", "nsenter", "ip", "tc", "mount", "hostname")
 # Waits for its interface, takes its name and its /etc/hosts, and becomes the command.
 HOST = 'read -r _ && hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
 ENDS = ("out", "err")

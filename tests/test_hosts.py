@@ -72,12 +72,22 @@ def test_nothing_stays_behind_when_it_is_killed(how):
     mark = f"86{400 + how}"  # seconds that nobody else sleeps
     command = [sys.executable, str(HOSTS), "--hosts", "2", "--", "sleep", mark]
     links = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True).stdout
-    sleepers = lambda: subprocess.run(["pgrep", "-fx", f"sleep {mark}"], capture_output=True, text=True).stdout.split()
     with subprocess.Popen(command) as laboratory:
-        wait_until(lambda: len(sleepers()) == 2)
+        wait_until(lambda: len(running(f"sleep\0{mark}\0")) == 2)
         laboratory.send_signal(how)
-    wait_until(lambda: not sleepers())
+    wait_until(lambda: not running(f"sleep\0{mark}\0"))
     assert subprocess.run(["ip", "-br", "link"], capture_output=True, text=True).stdout == links
+
+
+def running(command):
+    return [path for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if content(path) == command]
+
+
+def content(path):
+    try:
+        return path.read_text()
+    except OSError:  # the process has ended
+        return ""
 
 
 def wait_until(holds):
@@ -104,7 +114,7 @@ def test_steps_on_hosts_take_what_their_links_allow(tmp_path):
     transfer = 8 * 1.2e6 / 20e6
     assert {row["compute_s"] for row in rows.values()} == {round(2 * transfer, 4)}
     for name, models in {"allreduce": 4 / 3, "sgp": 1, "crossover/2": 1, "crossover/2/during": 1}.items():
-        assert rows[name]["payload_bytes"] == pytest.approx(models * 1.2e6, rel=1e-3)
+        assert rows[name]["payload_bytes"] == pytest.approx(models * 1.2e6, rel=5e-3)  # leaves are padded
         assert 0.99 * models * 1.2e6 < rows[name]["frame_bytes"] < 1.2 * models * 1.2e6
         assert rows[name]["limit_s"] == pytest.approx((2 if "during" in name else 2 + models) * transfer, rel=0.01)
         assert 0.95 < rows[name]["ratio_to_limit"] < 2
