@@ -23,6 +23,13 @@ from collections.abc import Mapping, Sequence
 
 INSIDE = "CROSSOVER_JAX_LABORATORY"  # set for the process that holds the bridge
 NEEDED = ("unshare", "nsenter", "ip", "tc", "mount", "hostname")
+OWN = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+FOLDER = "/mnt"  # where the laboratory has a file system of its own, which goes with it
+LIMIT = "root tbf rate {rate} burst 64kb latency 200ms"  # 64 KB pass at once: a packet of TCP that the card would cut
+TRIAL = (
+    "set -e; hostname trial; ip link add trial0 type bridge; ip link add trial1 type veth peer name trial2; "
+    f"mount -t tmpfs none {FOLDER}; tc qdisc add dev trial1 {LIMIT.format(rate='1mbit')}"
+)
 # Waits for its interface, takes its name and its /etc/hosts, and becomes the command.
 HOST = 'read -r _ && hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
 ENDS = ("out", "err")
@@ -45,23 +52,21 @@ def check() -> None:
         raise Missing("hosts need root: network namespaces and rate limits are the kernel's")
     if lacking := [name for name in NEEDED if not shutil.which(name)]:
         raise Missing(f"hosts need {', '.join(lacking)} (packages util-linux and iproute2)")
-    trial = (
-        "ip link add t0 type bridge && ip link set lo up && tc qdisc add dev lo root tbf rate 1mbit burst 9k latency 1s"
-    )
-    done = subprocess.run(["unshare", "--net", "sh", "-c", trial], capture_output=True, text=True)
+    done = subprocess.run([*OWN, "--uts", "sh", "-c", TRIAL], capture_output=True, text=True)
     if done.returncode:
-        raise Missing(f"hosts need bridges, veth and tbf in this kernel: {done.stderr.strip()}")
+        raise Missing(f"hosts need namespaces, bridges, veth and tbf of this kernel: {done.stderr.strip()}")
 
 
 def enter() -> None:
     """Run this very command in namespaces of its own, and end with it; returns in there. Raises `Missing`."""
-    if INSIDE in os.environ:
-        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    if INSIDE in os.environ and os.getpid() == 1:  # the first process of its namespace, not a program on a host
+        _ip("link set lo up")
+        subprocess.run(["mount", "-t", "tmpfs", "none", FOLDER], check=True)
         return
     check()
     # The first process of a PID namespace takes all others with it. It goes with `unshare`, and that with this process.
-    own = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, *sys.argv]
-    sys.exit(subprocess.call(own, env={**os.environ, INSIDE: "1"}, preexec_fn=_end_with_parent))
+    command = [*OWN, sys.executable, *sys.argv]
+    sys.exit(subprocess.call(command, env={**os.environ, INSIDE: "1"}, preexec_fn=_end_with_parent))
 
 
 def _end_with_parent() -> None:
@@ -75,11 +80,11 @@ def run(
     """Run a command on each host, links limited to `rate` ("200mbit") in both directions; what each wrote to stdout.
 
     Needs `enter`. Raises `RuntimeError` with the end of stderr where a command fails, and where it takes more than
-    `timeout` seconds; all are then killed.
+    `timeout` seconds, after which all are killed, and `ValueError` for a rate or a number of hosts that cannot be.
     """
     if len(commands) > MAX_HOSTS:
         raise ValueError(f"`commands` must be for at most {MAX_HOSTS} hosts, got {len(commands)}.")
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder, contextlib.ExitStack() as opened:
         hosts = pathlib.Path(folder, "hosts")
         names = "".join(f"{address(i)} host{i}\n" for i in range(len(commands)))
         hosts.write_text(f"127.0.0.1 localhost\n{names}")
@@ -128,14 +133,16 @@ def _plug(i: int, pid: int, rate: str | None) -> None:
     _ip(f"addr add {address(i)}/24 dev eth0", "link set lo up", "link set eth0 up", inside=inside)
     if rate:
         for where, device in (([], f"port{i}"), (inside, "eth0")):
-            limit = f"tc qdisc add dev {device} root tbf rate {rate} burst 256kb latency 200ms"
-            subprocess.run([*where, *limit.split()], check=True)
+            limit = f"tc qdisc add dev {device} {LIMIT.format(rate=rate)}"
+            done = subprocess.run([*where, *limit.split()], capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"`rate` must be one that tc reads, as 200mbit, got {rate!r}: {done.stderr.strip()}")
 
 
 def _wait_for_namespace(pid: int) -> None:
     own = os.readlink("/proc/self/ns/net")
     while os.readlink(f"/proc/{pid}/ns/net") == own:
-        pass
+        time.sleep(0.001)
 
 
 def _ip(*commands: str, inside: Sequence[str] = ()) -> None:
@@ -157,7 +164,7 @@ def main() -> None:
     try:
         enter()
         said = run([args.command] * args.hosts, rate=args.rate)
-    except (Missing, RuntimeError) as error:
+    except (Missing, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
     for i, text in enumerate(said):
         print("".join(f"host {i}: {line}\n" for line in text.splitlines()), end="")

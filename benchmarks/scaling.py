@@ -7,7 +7,8 @@ format, `during`: crossover/7/int8/during. `--compute 1.5` puts a timed wait int
 one model's transfer takes at that rate: a stand-in for the gradient, for the hosts share this machine's cores.
 
 Steps of all algorithms alternate, each after a barrier; a step takes as long as its slowest host, and the figure is
-their median. `limit_s` is what the links allow: payload / rate, beside the wait with `during`, else behind it.
+their median. `limit_s` is what the links allow: payload / rate, beside the wait with `during`, else behind it (64 KB
+pass a link at once, so small models may take a little less). XLA:CPU does not run an exchange beside this wait.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from crossover_jax.plan import as_table, bits_per_second
 from crossover_jax.wire import WIRES
 
 LEAVES = 8
+WITH_OPTIONS = ("crossover", "switch")
 COLUMNS = (
     *("algorithm", "hosts", "rate", "params", "compute_s", "step_s", "limit_s", "ratio_to_limit"),
     *("payload_bytes", "frame_bytes"),
@@ -69,6 +71,8 @@ def parsed(text: str) -> Spec:
             raise ValueError(f"an option of {name!r} must be a number, `during` or a wire, got {option!r}.")
     if name not in ALGORITHMS:
         raise ValueError(f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {name!r}.")
+    if options and name not in WITH_OPTIONS:
+        raise ValueError(f"options must be for {' or '.join(WITH_OPTIONS)}, got {text!r}.")
     return spec
 
 

@@ -123,9 +123,10 @@ def _run_plan(args: argparse.Namespace) -> str:
     needed |= {"--dcn-gbps": args.dcn_gbps, "--ici-gbps": args.ici_gbps if args.chips > 1 else 1.0}
     if lacking := [name for name, value in needed.items() if value is None]:
         raise ValueError(f"{', '.join(lacking)} must be given.")
-    for name, value in needed.items():
-        if value < 0 or (value == 0 and name != "--compute-ms"):
-            raise ValueError(f"`{name}` must be positive, got {value:g}.")
+    for name, value in (needed | {"--chips": args.chips, "--dcn-us": args.dcn_us, "--ici-us": args.ici_us}).items():
+        may_be_zero = name.endswith(("-ms", "-us"))
+        if value < 0 or (value == 0 and not may_be_zero):
+            raise ValueError(f"`{name}` must {'not be negative' if may_be_zero else 'be positive'}, got {value:g}.")
     link, compute = plan.Link(1e9 * args.dcn_gbps / 8, 1e-6 * args.dcn_us), 1e-3 * args.compute_ms
     inside = 0.0
     if args.chips > 1:
@@ -142,21 +143,29 @@ def _text_of_plan(params: float, workers: int, compute: float, link: plan.Link, 
         (way.name, way.wire, f"{way.sent / 1e6:.4g} MB", f"{1e3 * way.transfer:.4g} ms", f"{1e3 * way.step:.4g} ms")
         for way in found
     ]
-    rate = plan.break_even(params, workers, compute, link, inside)
-    pays = f"on links below {8 * rate / 1e9:.3g} Gbit/s" if rate else "at no rate"
     fewer = [
-        (n, workers // n, f"{1e3 * averaging:.4g} ms", f"{1e3 * way.step:.4g} ms")
-        for n, way, averaging in plan.groups(params, workers, compute, link)
+        (group.gossiping, group.members, f"{1e3 * group.averaging:.4g} ms", f"{1e3 * group.step:.4g} ms")
+        for group in plan.groups(params, workers, compute, link, inside)
     ]
     return "\n".join(
         [
             f"{title}\n",
             plan.as_table(("algorithm", "wire", "sent", "exchange", "step"), rows),
-            f"\nCrossover, during, saves 5 % of the step of AllReduce beside the backward pass {pays} (float32).",
-            "\nThe same workers in groups that average gradients over the same links, crossover, during, float32:\n",
+            "\nCrossover, during, saves 5 % of the step of AllReduce beside the backward pass, both in float32, "
+            f"{_rates(plan.where_it_pays(params, workers, compute, link, inside))}.",
+            "\nThe same workers in groups whose members average gradients over the same links (float32, during):\n",
             plan.as_table(("gossiping", "members", "averaging", "step"), fewer),
         ]
     )
+
+
+def _rates(pays: tuple[float, float] | None) -> str:
+    if pays is None:
+        return "at no rate"
+    low, high = (None if rate in plan.RATES[[0, -1]] else f"{8 * rate / 1e9:.3g} Gbit/s" for rate in pays)
+    if low and high:
+        return f"on links from {low} to {high}"
+    return f"on links above {low}" if low else f"on links below {high}" if high else "at every rate"
 
 
 def _text_of_fit(rows: list[dict[str, str]]) -> str:

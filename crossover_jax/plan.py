@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 65 / 64}  # per parameter; of int8 with a scale for each 256
+MEASURED = ("algorithm", "hosts", "rate", "compute_s", "step_s", "payload_bytes")  # what a fit needs
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}  # per second
 BACKWARD = 2 / 3  # of a gradient's time: what gradients of the last layers can travel beside
 
@@ -37,12 +38,12 @@ class Way(NamedTuple):
 
 
 def allreduce_seconds(num_bytes: float, workers: int, link: Link) -> float:
-    """A ring's bytes and a tree's latency, which no all-reduce goes below: 2 (n − 1) / n of the bytes, 2 log2 n waits.
+    """As fast as an all-reduce can be: the bytes of a ring, 2 (n − 1) / n, and log2 n messages that wait for another.
 
     >>> allreduce_seconds(100.0, 4, Link(rate=100.0, latency=0.25))
-    2.5
+    2.0
     """
-    return 2 * math.ceil(math.log2(workers)) * link.latency + 2 * (workers - 1) / workers * num_bytes / link.rate
+    return math.ceil(math.log2(workers)) * link.latency + 2 * (workers - 1) / workers * num_bytes / link.rate
 
 
 def gossip_seconds(num_bytes: float, link: Link, rounds: int = 1) -> float:
@@ -58,7 +59,8 @@ def ways(params: float, workers: int, compute: float, link: Link, inside: float 
     """All ways to train with `workers`, the fastest first; seconds.
 
     `inside` is what averaging gradients inside a worker takes, bucket by bucket beside the backward pass. AllReduce is
-    there twice: all at once behind the gradient, and bucket by bucket too, as good implementations do.
+    there twice: all at once behind the gradient, and bucket by bucket too, as good implementations do. "Streamed" mixes
+    a part of the model at each step (`stream`) where an exchange does not fit beside one: as fast, but slower to agree.
 
     Raises `ValueError` for fewer than two workers, for no parameters and for a time that is negative.
     """
@@ -90,10 +92,16 @@ def ways(params: float, workers: int, compute: float, link: Link, inside: float 
     return sorted(found, key=lambda way: (way.step, way.sent))
 
 
-def break_even(params: float, workers: int, compute: float, link: Link, inside: float = 0.0) -> float | None:
-    """The rate, in bytes per second, from which on float32 gossip saves less than 5 % of AllReduce's step.
+RATES = np.geomspace(1e3, 1e14, 2201)  # bytes per second
 
-    AllReduce is the one beside the backward pass, gossip the one that mixes `during`. None: it never saves as much.
+
+def where_it_pays(
+    params: float, workers: int, compute: float, link: Link, inside: float = 0.0
+) -> tuple[float, float] | None:
+    """The rates, in bytes per second, between which float32 gossip saves 5 % of AllReduce's step; None: at no rate.
+
+    AllReduce is the one beside the backward pass, gossip the one that mixes `during`. With two workers both send the
+    same, so where links are slow neither pays. An end of `RATES` stands for all beyond it.
     """
 
     def saves(rate: float) -> bool:
@@ -104,20 +112,31 @@ def break_even(params: float, workers: int, compute: float, link: Link, inside: 
         }
         return by_name["crossover, during"] < 0.95 * by_name["allreduce, beside the backward pass"]
 
-    rates = [rate for rate in np.geomspace(1e3, 1e14, 2201).tolist() if saves(rate)]
-    return rates[-1] if rates else None
+    rates = [rate for rate in RATES.tolist() if saves(rate)]
+    return (rates[0], rates[-1]) if rates else None
 
 
-def groups(params: float, workers: int, compute: float, link: Link) -> list[tuple[int, Way, float]]:
-    """The same accelerators as fewer gossiping workers that average their members' gradients over the same links.
+class Groups(NamedTuple):
+    """Some gossiping workers, each of several members that average their gradients."""
 
-    (gossiping workers, the fastest float32 way of gossip, seconds of averaging inside a worker) for every power of two.
+    gossiping: int
+    members: int
+    averaging: float  # seconds, among members
+    step: float  # seconds
+
+
+def groups(params: float, workers: int, compute: float, link: Link, inside: float = 0.0) -> list[Groups]:
+    """The same workers as fewer that gossip (float32, `during`), their members averaging over the same links.
+
+    For every number of members that divides `workers`. Of a worker's model each member sends its part; first averages,
+    beside the backward pass, then parameters have the link.
     """
     found = []
-    for n in (2**i for i in range(1, int(math.log2(workers)) + 1)):
-        inside = allreduce_seconds(4 * params, workers // n, link) if n < workers else 0.0
-        of_gossip = [way for way in ways(params, n, compute, link, inside) if way.name == "crossover, during"]
-        found.append((n, next(way for way in of_gossip if way.wire == "float32"), inside))
+    for members in (m for m in range(workers // 2, 0, -1) if workers % m == 0):
+        averaging = allreduce_seconds(4 * params, members, link) if members > 1 else 0.0
+        sending = averaging + gossip_seconds(4 * params / members, link)
+        step = max(compute, (1 - BACKWARD) * compute + inside + averaging, sending)
+        found.append(Groups(workers // members, members, averaging, step))
     return found
 
 
@@ -134,7 +153,8 @@ def fit(rows: Sequence[Mapping[str, Any]]) -> Fit:
     """Latency and slowdown from measured steps, as `benchmarks/scaling.py` writes them.
 
     Least squares of relative errors, over the steps whose exchange comes after the gradient: beside it, its time does
-    not show. Raises `ValueError` where there are none.
+    not show. Neither is below 0. Raises `ValueError` where the measurements do not tell the two apart: they need
+    exchanges of several sizes or rates.
     """
     waits = [_waits(row["algorithm"], int(row["hosts"])) if float(row["payload_bytes"]) else 0 for row in rows]
     transfers = [8 * float(row["payload_bytes"]) / bits_per_second(row["rate"]) for row in rows]
@@ -142,13 +162,13 @@ def fit(rows: Sequence[Mapping[str, Any]]) -> Fit:
     during = np.array(["during" in row["algorithm"] for row in rows])
     cost = np.stack([waits, transfers], axis=1)
     used = ~during & (cost[:, 1] > 0)
-    if not used.any():
-        raise ValueError("the measurements must have steps with an exchange after the gradient, got none.")
-    weight = 1 / measured[used]
-    coefficients, *_ = np.linalg.lstsq(cost[used] * weight[:, None], (measured - compute)[used] * weight, rcond=None)
-    if coefficients[0] < 0:  # too small to be seen
-        slope = (cost[used, 1] * weight) @ ((measured - compute)[used] * weight) / np.sum((cost[used, 1] * weight) ** 2)
-        coefficients = np.array([0.0, slope])
+    relative = cost[used] / measured[used][:, None]
+    if np.linalg.matrix_rank(relative / relative.max(0, initial=1e-300)) < 2:
+        raise ValueError(
+            "the measurements must have exchanges after the gradient, of several sizes or rates, to tell latency from "
+            f"rate, got {used.sum()} of {len(np.unique(cost[used], axis=0))} kinds."
+        )
+    coefficients = _not_negative(relative, (measured - compute)[used] / measured[used])
     exchange = cost @ coefficients
     predicted = np.where(during, np.maximum(compute, exchange), compute + exchange)
     error = float(np.median(np.abs(predicted / measured - 1)))
@@ -156,8 +176,16 @@ def fit(rows: Sequence[Mapping[str, Any]]) -> Fit:
     return Fit(latency, slowdown, tuple(predicted.tolist()), error)
 
 
+def _not_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The least squares solution of a x = b in two unknowns, neither below 0."""
+    both, *_ = np.linalg.lstsq(a, b, rcond=None)
+    alone = [np.where(np.arange(2) == i, max(0.0, a[:, i] @ b / (a[:, i] @ a[:, i])), 0.0) for i in (0, 1)]
+    return both if (both >= 0).all() else min(alone, key=lambda x: float(np.sum((a @ x - b) ** 2)))
+
+
 def _waits(algorithm: str, hosts: int) -> int:
-    return 2 * math.ceil(math.log2(hosts)) if algorithm.startswith("allreduce") else 1
+    """Messages of a step that wait for another; Gloo, on which is measured, averages along a ring."""
+    return 2 * (hosts - 1) if algorithm.startswith("allreduce") else 1
 
 
 def bits_per_second(rate: str) -> float:
@@ -173,8 +201,15 @@ def bits_per_second(rate: str) -> float:
 
 
 def read(path: str) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    """Rows of measurements. Raises `ValueError` where the file cannot be read or lacks a column."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    if lacking := [name for name in MEASURED if not rows or name not in rows[0]]:
+        raise ValueError(f"{path} must have rows with {', '.join(MEASURED)}, it lacks {', '.join(lacking)}.")
+    return rows
 
 
 def as_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

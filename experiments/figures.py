@@ -108,19 +108,25 @@ def paired(of: Mapping[int, float], to: Mapping[int, float]) -> Interval:
 
 
 def baseline_of(arm: str, found: Accuracies) -> str:
-    """The AllReduce that an arm is compared with: that of its batch, where there are several."""
-    own = f"allreduce {arm.rsplit(' ', 1)[-1]}"
-    return own if own in found else "allreduce"
+    """The AllReduce that an arm is compared with: where there are several, that of its batch or warm-up."""
+    own = f"allreduce {arm.partition(' ')[2]}"
+    return own if own in found and own != arm else "allreduce"
+
+
+def difference(arm: str, found: Accuracies) -> Interval | None:
+    """To its AllReduce, paired over seeds; None for AllReduce itself, and where there is none to compare with."""
+    baseline = baseline_of(arm, found)
+    return paired(found[arm], found[baseline]) if baseline in found and baseline != arm else None
 
 
 def table(found: Accuracies) -> str:
-    """A line per arm: its accuracy, and the paired difference to AllReduce."""
+    """A line per arm: its accuracy, and the paired difference to its AllReduce."""
     lines = []
     for arm, of_seeds in found.items():
-        own, baseline = interval(list(of_seeds.values())), baseline_of(arm, found)
+        own, less = interval(list(of_seeds.values())), difference(arm, found)
         line = f"  {arm:28} {own.mean:6.2f} ± {own.half:.2f}  {len(of_seeds):2} seeds"
-        if baseline in found and baseline != arm:
-            line += f"   to AllReduce {paired(of_seeds, found[baseline])}"
+        if less is not None:
+            line += f"   to {baseline_of(arm, found)}: {less}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -223,15 +229,15 @@ def draw_ablations(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
 
 
 def draw_bars(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
-    """Differences to AllReduce; the paper has none of these."""
+    """Differences to AllReduce of the same kind, of AllReduce itself to the first; the paper has none of these."""
     del paper
     figure = Figure(figsize=(8, 0.5 * len(found) + 1.5), layout="constrained")
     axes = figure.subplots()
-    arms = [arm for arm in found if arm != "allreduce"][::-1]
-    differences = [paired(found[arm], found["allreduce"]) for arm in arms]
+    of_arms = {arm: less for arm in reversed(found) if (less := difference(arm, found)) is not None}
+    arms, differences = list(of_arms), list(of_arms.values())
     axes.barh(arms, [own.mean for own in differences], xerr=[own.half for own in differences], capsize=3)
     axes.axvline(0, color="black", linewidth=1)
-    axes.set(xlabel="test accuracy less AllReduce's, points (paired over seeds, 95 %)")
+    axes.set(xlabel="test accuracy less that of its AllReduce, points (paired over seeds, 95 %)")
     axes.grid(alpha=0.3, axis="x")
     return figure
 

@@ -62,6 +62,17 @@ def test_arms_are_compared_seed_by_seed_with_the_allreduce_of_their_batch(tmp_pa
     assert figures.baseline_of("crossover 8", {"allreduce": {}, "crossover 8": {}}) == "allreduce"
 
 
+def test_a_warm_up_is_compared_with_the_allreduce_that_has_it_and_other_allreduces_with_the_first():
+    found = {
+        "allreduce": {0: 80.0, 1: 81.0},
+        "allreduce with warm-up 0.5": {0: 82.0, 1: 83.5},
+        "crossover with warm-up 0.5": {0: 81.0, 1: 83.0},
+    }
+    means = {arm: less and less.mean for arm in found for less in (figures.difference(arm, found),)}
+    assert means == {"allreduce": None, "allreduce with warm-up 0.5": 2.25, "crossover with warm-up 0.5": -0.75}
+    assert figures.difference("gossip", {"gossip": {0: 1.0}}) is None
+
+
 def test_tuning_seeds_are_gathered_by_learning_rate_without_the_rows_of_curves(tmp_path):
     write(tmp_path / "batch.csv", {"sgp 512": [80.0], "allreduce 512": [81.0]})
     found = figures.tuning_accuracies(sweep.read(tmp_path / "batch.csv"))
