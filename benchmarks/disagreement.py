@@ -4,6 +4,10 @@
 
 64 workers, m <- 0.9 m + noise, x <- x − m, then so many rounds of gossip of x and of m, each with one random shift of
 a pool of 12: the mean square of x_i − x̄ per coordinate, in a steady state, and what is sent, in float32 models a step.
+
+Then segments, each with a shift of its own: coordinate by coordinate they change nothing, but noise of gradients is
+much the same in many coordinates, for it lies along the directions in which the loss bends. Here it is the same in all,
+and "along it" is the mean square of a worker's mean over coordinates: what its loss feels.
 """
 
 import pathlib
@@ -28,6 +32,10 @@ def main() -> None:
         for of_x, of_m in choices:
             found = disagreement(matrices, of_x, of_m)
             print(f"{wire:9} {of_x:11} {of_m:5} {size * (of_x + of_m):13.2f} {found:13.2f}")
+    print("\nsegments   mean square   along the noise")
+    for segments in (1, 4, 16, 64):
+        each, along = of_segments(matrices, segments)
+        print(f"{segments:8} {each:13.2f} {along:17.2f}")
 
 
 def disagreement(matrices: list[np.ndarray], of_x: int, of_m: int) -> float:
@@ -44,6 +52,22 @@ def disagreement(matrices: list[np.ndarray], of_x: int, of_m: int) -> float:
         if step >= STEPS // 4:
             found.append(np.square(x - x.mean(0)).mean())
     return float(np.mean(found))
+
+
+def of_segments(matrices: list[np.ndarray], segments: int, repeats: int = 20) -> tuple[float, float]:
+    """All coordinates of a segment have the same noise and the same rounds, so one of each stands for them."""
+    rng = np.random.default_rng(0)
+    x, m = np.zeros((2, WORKERS, repeats, segments))
+    each, along = [], []
+    for step in range(STEPS):
+        m = BETA * m + rng.normal(size=(WORKERS, repeats, 1))
+        mixed = rng.integers(len(matrices), size=(repeats, segments))
+        x = np.einsum("rsij,jrs->irs", np.stack(matrices)[mixed], x - m)
+        if step >= STEPS // 4:
+            apart = x - x.mean(0)
+            each.append(np.square(apart).mean())
+            along.append(np.square(apart.mean(-1)).mean())
+    return float(np.mean(each)), float(np.mean(along))
 
 
 if __name__ == "__main__":

@@ -223,8 +223,7 @@ def draw_ablations(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
         plot(theirs, theirs_by(paper, "ablation", method, "workers"), name)
     for name in ("crossover", "1 segment", "64 segments", "phases", "one phase"):
         plot(ours, ours_by(found, name), name, linestyle=":")
-    ours.legend(fontsize="small")
-    theirs.legend(fontsize="small")
+    figure.legend(*ours.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return labelled(figure)
 
 

@@ -2,8 +2,8 @@
 
     python experiments/sweep.py experiments/studies/gap.py --out experiments/results/gap.csv
 
-The problem of `workers.py`. Every arm sends at most one float32 model per worker and step. With 256 workers, 8 examples
-each, an arm takes the learning rate that it has with 64.
+The problem of `workers.py`. Every gossiping arm sends at most one float32 model per worker and step. With 256 workers,
+8 examples each, an arm takes the learning rate that it has with 64.
 """
 
 from experiments.studies.workers import BATCH, allreduce, get_config
