@@ -248,6 +248,7 @@ STUDIES = {
     "lars": draw_bars,
     "gap": draw_bars,
     "large": draw_bars,
+    "large_lars": draw_bars,
 }
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ STUDIES = {
     "lars": ["allreduce", "own norms 8", "averaged norms 8"],
     "gap": ["allreduce", "crossover", "two rounds in bfloat16"],
     "large": ["allreduce", "crossover", "allreduce with warm-up 0.5"],
+    "large_lars": ["allreduce", "crossover with warm-up 0"],
 }
 
 
