@@ -232,7 +232,7 @@ def draw_bars(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
     del paper
     figure = Figure(figsize=(8, 0.5 * len(found) + 1.5), layout="constrained")
     axes = figure.subplots()
-    of_arms = {arm: less for arm in reversed(found) if (less := difference(arm, found)) is not None}
+    of_arms = {arm: less for arm in reversed(list(found)) if (less := difference(arm, found)) is not None}
     arms, differences = list(of_arms), list(of_arms.values())
     axes.barh(arms, [own.mean for own in differences], xerr=[own.half for own in differences], capsize=3)
     axes.axvline(0, color="black", linewidth=1)
