@@ -268,7 +268,8 @@ def test_to_shrink_is_to_restart(capsys):
 def launch(folder):
     """Start the launcher, and wait until so many processes wait for signals."""
     code = (
-        "import pathlib, sys; from experiments.launch import local\n"
+        "import pathlib, signal, sys; from experiments.launch import local\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores\n"
         f"local.TRAIN, local.POLL = pathlib.Path({str(local.TRAIN)!r}), 0.02\n"
         "sys.exit(local.main(sys.argv[1:]))"
     )
