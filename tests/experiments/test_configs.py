@@ -55,8 +55,9 @@ def imagenet_dir(tmp_path_factory):
 def check_steps(config, data_dir, workdir, num_classes, devices_each=1):
     """Two steps with a row for each: the first loss is that of a guess, and every leaf of every worker has moved."""
     config.dataset.data_dir = str(data_dir)
-    config.steps, config.log_every, config.checkpoint.every, config.eval_batch_size = 2, 1, 0, config.num_workers
-    state, rows = train.train(config, workdir, devices=jax.devices()[: devices_each * config.num_workers])
+    devices = jax.devices()[: devices_each * config.num_workers]
+    config.steps, config.log_every, config.checkpoint.every, config.eval_batch_size = 2, 1, 0, len(devices)
+    state, rows = train.train(config, workdir, devices=devices)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 2
     assert losses[0] == pytest.approx(math.log(num_classes), rel=0.15)
