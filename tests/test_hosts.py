@@ -60,7 +60,7 @@ def run(*args, timeout=120):
 @pytest.fixture(scope="module", autouse=True)
 def _allowed():
     done = run(HOSTS, "--hosts", 1, "--", "true")
-    if "error: hosts need" in done.stderr:
+    if "error: hosts need" in done.stderr:  # no root, or a kernel or tools that cannot: the line says what is missing
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
 

@@ -13,12 +13,18 @@ BATCH, WORKERS = 16_384, 8
 WARMUPS = (0.1, 0.0, 0.3, 0.5)
 
 
-def get_study() -> Study:
-    config, problem, arms = get_config(), f"batch {BATCH}", {}
-    config.batch_size = BATCH
+def arms_of(problem: str) -> dict[str, Arm]:
+    """AllReduce and Crossover with every warm-up."""
+    arms = {}
     for warmup in WARMUPS:
         own = {"optimizer.warmup": warmup}
         label = "" if warmup == WARMUPS[0] else f" with warm-up {warmup:g}"
         arms[f"allreduce{label}"] = allreduce(problem, **own)
         arms[f"crossover{label}"] = Arm(problem, {"algorithm.name": "crossover", "num_workers": WORKERS, **own})
-    return Study(config, arms, learning_rates=(0.05, 0.1, 0.2))
+    return arms
+
+
+def get_study() -> Study:
+    config = get_config()
+    config.batch_size = BATCH
+    return Study(config, arms_of(f"batch {BATCH}"), learning_rates=(0.05, 0.1, 0.2))

@@ -7,18 +7,11 @@ rates in steps of √2, for LARS is on the edge of what it can take.
 """
 
 from experiments.studies import lars
-from experiments.studies.large import WARMUPS
-from experiments.studies.workers import BATCH, allreduce
-from experiments.sweep import Arm, Study
-
-WORKERS = 8
+from experiments.studies.large import arms_of
+from experiments.studies.workers import BATCH
+from experiments.sweep import Study
 
 
 def get_study() -> Study:
-    config, problem, arms = lars.get_study().config, f"batch {BATCH}", {}
-    for warmup in WARMUPS:
-        own = {"optimizer.warmup": warmup}
-        label = "" if warmup == WARMUPS[0] else f" with warm-up {warmup:g}"
-        arms[f"allreduce{label}"] = allreduce(problem, **own)
-        arms[f"crossover{label}"] = Arm(problem, {"algorithm.name": "crossover", "num_workers": WORKERS, **own})
-    return Study(config, arms, learning_rates=(2.0, 2.8, 4.0, 5.7, 8.0, 11.3), seeds=20)
+    rates = (2.0, 2.8, 4.0, 5.7, 8.0, 11.3)
+    return Study(lars.get_study().config, arms_of(f"batch {BATCH}"), learning_rates=rates, seeds=20)
