@@ -25,13 +25,18 @@ INSIDE = "CROSSOVER_JAX_LABORATORY"  # set for the process that holds the bridge
 NEEDED = ("unshare", "nsenter", "ip", "tc", "mount", "hostname")
 OWN = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 FOLDER = "/mnt"  # where the laboratory has a file system of its own, which goes with it
-LIMIT = "root tbf rate {rate} burst 64kb latency 200ms"  # 64 KB pass at once: a packet of TCP that the card would cut
+LIMIT = "root tbf rate {rate} burst {burst} latency 200ms"
+BURST = 64 * 1024  # bytes that pass at once: a packet of TCP that the card would cut
 TRIAL = (
     "set -e; hostname trial; ip link add trial0 type bridge; ip link add trial1 type veth peer name trial2; "
-    f"mount -t tmpfs none {FOLDER}; tc qdisc add dev trial1 {LIMIT.format(rate='1mbit')}"
+    f"mount -t tmpfs none {FOLDER}; tc qdisc add dev trial1 {LIMIT.format(rate='1mbit', burst=BURST)}"
 )
-# Waits for its interface, takes its name and its /etc/hosts, and becomes the command.
-HOST = 'read -r _ && hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+# Waits for its interface, takes its name and its /etc/hosts, and becomes the command. Any kernel lets a namespace have
+# Reno for its congestion control; where BBR is the default its probing makes transfers of a second vary by a fifth.
+HOST = (
+    "echo reno > /proc/sys/net/ipv4/tcp_congestion_control; "
+    'read -r _ && hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+)
 ENDS = ("out", "err")
 MAX_HOSTS = 250
 
@@ -75,12 +80,19 @@ def _end_with_parent() -> None:
 
 
 def run(
-    commands: Sequence[Sequence[str]], *, rate: str | None, env: Mapping[str, str] | None = None, timeout: float = 600
+    commands: Sequence[Sequence[str]],
+    *,
+    rate: str | None,
+    burst: int = BURST,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 600,
 ) -> list[str]:
     """Run a command on each host, links limited to `rate` ("200mbit") in both directions; what each wrote to stdout.
 
-    Needs `enter`. Raises `RuntimeError` with the end of stderr where a command fails, and where it takes more than
-    `timeout` seconds, after which all are killed, and `ValueError` for a rate or a number of hosts that cannot be.
+    An idle link saves up to `burst` bytes, which then pass at once. On a busy machine it loses what it could have sent
+    while the kernel did not get to it, but for those. Needs `enter`. Raises `RuntimeError` with the end of stderr where
+    a command fails, and where it takes more than `timeout` seconds, after which all are killed, and `ValueError` for a
+    rate or a number of hosts that cannot be.
     """
     if len(commands) > MAX_HOSTS:
         raise ValueError(f"`commands` must be for at most {MAX_HOSTS} hosts, got {len(commands)}.")
@@ -98,7 +110,7 @@ def run(
                     shell, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**os.environ, **(env or {})}
                 )
                 started.append((host, out, err))
-                _plug(i, host.pid, rate)
+                _plug(i, host.pid, rate, burst)
             for host, *_ in started:
                 host.stdin.write("go\n")
                 host.stdin.close()
@@ -125,7 +137,7 @@ def sent_bytes() -> int:
     return int(found[1]) if found else 0
 
 
-def _plug(i: int, pid: int, rate: str | None) -> None:
+def _plug(i: int, pid: int, rate: str | None, burst: int) -> None:
     """Give the host with this process its link to the bridge."""
     _wait_for_namespace(pid)
     inside = ["nsenter", f"--net=/proc/{pid}/ns/net"]
@@ -133,7 +145,7 @@ def _plug(i: int, pid: int, rate: str | None) -> None:
     _ip(f"addr add {address(i)}/24 dev eth0", "link set lo up", "link set eth0 up", inside=inside)
     if rate:
         for where, device in (([], f"port{i}"), (inside, "eth0")):
-            limit = f"tc qdisc add dev {device} {LIMIT.format(rate=rate)}"
+            limit = f"tc qdisc add dev {device} {LIMIT.format(rate=rate, burst=burst)}"
             done = subprocess.run([*where, *limit.split()], capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(f"`rate` must be one that tc reads, as 200mbit, got {rate!r}: {done.stderr.strip()}")

@@ -3,12 +3,15 @@
     sudo python benchmarks/scaling.py --hosts 8 --rate 200mbit --params 5e6 --algorithms allreduce,sgp,crossover/7
 
 One process per host on Gloo (`hosts.py`). An algorithm is a name and, behind slashes, its number of segments, a wire
-format, `during`: crossover/7/int8/during. `--compute 1.5` puts a timed wait into each step, 1.5 times as long as
-one model's transfer takes at that rate: a stand-in for the gradient, for the hosts share this machine's cores.
+format, `during`, `home`: crossover/12/int8/during. With `home` everybody hears himself: nothing is sent, and what is
+left is the time of packing, coding and averaging by itself. `--compute 1.5` puts a timed wait into each step, 1.5 times
+as long as one model's transfer takes at that rate: a stand-in for the gradient, for the hosts share this machine's
+cores.
 
 Steps of all algorithms alternate, each after a barrier; a step takes as long as its slowest host, and the figure is
-their median. `limit_s` is what the links allow: payload / rate, beside the wait with `during`, else behind it (64 KB
-pass a link at once, so small models may take a little less). XLA:CPU does not run an exchange beside this wait.
+their median. `limit_s` is what the links allow: payload / rate, beside the wait with `during`, else behind it (what a
+link sends in 10 ms passes at once, so that short transfers may take less). XLA:CPU does not run an exchange beside this
+wait.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from crossover_jax.plan import as_table, bits_per_second
 from crossover_jax.wire import WIRES
 
 LEAVES = 8
+BURST_S = 0.01  # how long the kernel may not get to a link without loss
 WITH_OPTIONS = ("crossover", "switch")
 COLUMNS = (
     *("algorithm", "hosts", "rate", "params", "compute_s", "step_s", "limit_s", "ratio_to_limit"),
@@ -51,12 +55,13 @@ class Spec(NamedTuple):
     segments: int = 0
     wire: str | None = None
     during: bool = False
+    home: bool = False
 
 
 def parsed(text: str) -> Spec:
     """
-    >>> parsed("crossover/7/int8")
-    Spec(name='crossover', segments=7, wire='int8', during=False)
+    >>> parsed("crossover/12/int8")
+    Spec(name='crossover', segments=12, wire='int8', during=False, home=False)
     """
     name, *options = text.split("/")
     spec = Spec(name)
@@ -65,10 +70,10 @@ def parsed(text: str) -> Spec:
             spec = spec._replace(segments=int(option))
         elif option in WIRES:
             spec = spec._replace(wire=option)
-        elif option == "during":
-            spec = spec._replace(during=True)
+        elif option in ("during", "home"):
+            spec = spec._replace(**{option: True})
         else:
-            raise ValueError(f"an option of {name!r} must be a number, `during` or a wire, got {option!r}.")
+            raise ValueError(f"an option of {name!r} must be a number, `during`, `home` or a wire, got {option!r}.")
     if name not in ALGORITHMS:
         raise ValueError(f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {name!r}.")
     if options and name not in WITH_OPTIONS:
@@ -77,8 +82,11 @@ def parsed(text: str) -> Spec:
 
 
 def gossip(n: int, spec: Spec, table: Callable[[int, int], np.ndarray]) -> cj.Algorithm:
-    segments = spec.segments or min(n - 1, 8)
-    pool = cj.latin(n, min(segments, n - 1))
+    possible = range(1, max(n - 1 - (n % 2 == 0), 1) + 1)  # shifts that swap none: a swap takes twice as long on Gloo
+    segments = spec.segments or possible[-1]
+    pool = cj.latin(n, max(p for p in possible if segments % p == 0), swaps=n == 2)
+    if spec.home:
+        pool = cj.Pool(np.broadcast_to(np.arange(n), pool.receive_from.shape), pool.share)
     mix = cj.gossip(pool, table(segments, pool.num_rounds), cj.by_size(segments), wire=spec.wire)
     return (cj.mix_during if spec.during else cj.mix_after)(optax.sgd(0.1), mix)
 
@@ -97,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--hosts", type=int, default=8)
     parser.add_argument("--rate", default="200mbit", help="of each link in each direction, as tc writes it")
     parser.add_argument("--params", type=float, default=5e6, help="float32 parameters of the model")
-    parser.add_argument("--algorithms", default="allreduce,sgp,crossover/7,switch/7")
+    parser.add_argument("--algorithms", default="allreduce,sgp,crossover/12,switch/12")
     parser.add_argument("--compute", type=float, default=0.0, help="wait in each step, in transfers of one model")
     parser.add_argument("--compute_s", type=float, help="the same in seconds")
     parser.add_argument("--steps", type=int, default=10, help="of each algorithm")
@@ -115,7 +123,10 @@ def main(argv: Sequence[str]) -> None:
         hosts.enter()
         command = [sys.executable, __file__, *argv, "--host"]
         env = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}  # threads: a message in flight holds one
-        said = hosts.run([[*command, str(i)] for i in range(args.hosts)], rate=args.rate, env=env, timeout=3600)
+        burst = max(hosts.BURST, int(BURST_S * bits_per_second(args.rate) / 8))
+        said = hosts.run(
+            [[*command, str(i)] for i in range(args.hosts)], rate=args.rate, burst=burst, env=env, timeout=3600
+        )
     except (hosts.Missing, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
     rows = summary([json.loads(text.splitlines()[-1]) for text in said], args, specs, compute_s)

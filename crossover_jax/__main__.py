@@ -139,12 +139,9 @@ def _text_of_plan(params: float, workers: int, compute: float, link: plan.Link, 
     found = plan.ways(params, workers, compute, link, inside)
     title = f"{workers} workers, {params / 1e6:g} million parameters, {1e3 * compute:g} ms of compute, links of {link}"
     title += f", {1e3 * inside:.3g} ms inside a worker" if inside else ""
-    rows = [
-        (way.name, way.wire, f"{way.sent / 1e6:.4g} MB", f"{1e3 * way.transfer:.4g} ms", f"{1e3 * way.step:.4g} ms")
-        for way in found
-    ]
+    rows = [(way.name, way.wire, f"{way.sent / 1e6:.4g} MB", _time(way.transfer), _time(way.step)) for way in found]
     fewer = [
-        (group.gossiping, group.members, f"{1e3 * group.averaging:.4g} ms", f"{1e3 * group.step:.4g} ms")
+        (group.gossiping, group.members, _time(group.averaging), _time(group.step))
         for group in plan.groups(params, workers, compute, link, inside)
     ]
     return "\n".join(
@@ -157,6 +154,10 @@ def _text_of_plan(params: float, workers: int, compute: float, link: plan.Link, 
             plan.as_table(("gossiping", "members", "averaging", "step"), fewer),
         ]
     )
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g} ms" if seconds < 10 else f"{seconds:.4g} s"
 
 
 def _rates(pays: tuple[float, float] | None) -> str:

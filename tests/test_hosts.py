@@ -131,7 +131,7 @@ def wait_until(holds):
 
 @pytest.mark.slow
 def test_steps_on_hosts_take_what_their_links_allow(tmp_path):
-    algorithms = "alone,allreduce,sgp,crossover/2,switch/2,crossover/2/int8"
+    algorithms = "alone,allreduce,sgp,crossover/2,switch/2,crossover/2/int8,crossover/2/home"
     out = tmp_path / "x.csv"
     args = ["--hosts", 3, "--rate", "20mbit", "--params", 3e5, "--compute", 2, "--steps", 3]
     done = run(SCALING, *args, "--algorithms", algorithms, "--out", out, timeout=300)
@@ -151,6 +151,8 @@ def test_steps_on_hosts_take_what_their_links_allow(tmp_path):
         assert 0.95 < rows[name]["ratio_to_limit"] < 2
     assert rows["crossover/2/int8"]["payload_bytes"] == pytest.approx(65 / 256 * 1.2e6, rel=1e-2)
     assert rows["crossover/2/int8"]["step_s"] < rows["crossover/2"]["step_s"] - 0.4 * transfer
+    assert rows["crossover/2/home"]["payload_bytes"] == 0
+    assert rows["crossover/2/home"]["frame_bytes"] < 0.05 * 1.2e6
     assert rows["alone"]["step_s"] == pytest.approx(2 * transfer, rel=0.1)
 
 

@@ -10,13 +10,15 @@ from jaxtyping import Bool, Float, Int
 from crossover_jax.topology.pool import Pool, at_least
 
 
-def latin(num_workers: int, pool_size: int, seed: int = 0, *, tries: int = 40) -> Pool:
+def latin(num_workers: int, pool_size: int, seed: int = 0, *, tries: int = 40, swaps: bool = True) -> Pool:
     """Rows of the cyclic Latin square: in round `p` everyone sends `s_p` workers ahead, for distinct random `s_p`.
 
     No worker hears another twice over the pool; every host and every slice sends equally many messages in every round;
     between slices a shift compiles without conditionals. Of `tries` draws the best contracting is kept: the smallest
-    worst-direction mean square max_{f≠0} 1/P Σ_p ½(1 + cos 2πf s_p/n). Take P ≥ 2·log2 n. Raises `ValueError` for
-    sizes below 1 and for a pool of more than the n − 1 shifts there are.
+    worst-direction mean square max_{f≠0} 1/P Σ_p ½(1 + cos 2πf s_p/n). Take P ≥ 2·log2 n. `swaps=False` leaves out the
+    shift of n/2, by which workers exchange in pairs: between CPU hosts (Gloo) one of a pair sends when the other is
+    done, and the round takes twice as long. Raises `ValueError` for sizes below 1 and for a pool of more shifts than
+    there are.
 
     >>> np.sort(latin(5, pool_size=4).receive_from[:, 0, 0])  # whom worker 0 hears
     array([1, 2, 3, 4])
@@ -24,13 +26,14 @@ def latin(num_workers: int, pool_size: int, seed: int = 0, *, tries: int = 40) -
     at_least(1, num_workers=num_workers, pool_size=pool_size, tries=tries)
     if num_workers == 1:
         return _one_worker()
-    if pool_size >= num_workers:
+    possible = np.array([s for s in range(1, num_workers) if swaps or 2 * s != num_workers])
+    if pool_size > len(possible):
         raise ValueError(
-            f"`pool_size` must be below `num_workers` (there are {num_workers - 1} shifts of {num_workers} workers), "
-            f"got {pool_size}."
+            f"`pool_size` must be at most {len(possible)}, the number of shifts of {num_workers} workers"
+            f"{'' if swaps else ' that swap none'}, got {pool_size}."
         )
     rng = _rng(seed, num_workers, pool_size)
-    draws = np.stack([rng.choice(num_workers - 1, pool_size, replace=False) + 1 for _ in range(tries)])
+    draws = np.stack([possible[rng.choice(len(possible), pool_size, replace=False)] for _ in range(tries)])
     shifts = draws[np.argmin(_worst_direction(draws, num_workers))]
     return _half((np.arange(num_workers) - shifts[:, None]) % num_workers)
 

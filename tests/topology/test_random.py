@@ -93,6 +93,15 @@ def test_latin_consists_of_shifts():
     assert len(set(shift[:, 0])) == 9
 
 
+def test_latin_without_swaps_has_no_round_in_which_two_hear_each_other():
+    for n in (3, 4, 8, 9, 64):
+        for seed in range(5):
+            pool = latin(n, n - 2 + n % 2, seed, swaps=False)
+            heard = pool.receive_from[:, 0]
+            assert (np.take_along_axis(heard, heard, 1) != np.arange(n)).all()
+    assert (latin(8, 7).receive_from[:, 0] == (np.arange(8) + 4) % 8).all(1).any()
+
+
 @pytest.mark.parametrize("groups", [2, 4, 8, 16, 32])
 def test_latin_loads_every_host_and_slice_evenly(groups):
     sent = messages(latin(64, 12), hosts=groups, slices=64 // groups)
@@ -255,9 +264,14 @@ def test_empty_pools_are_refused(name):
 
 
 def test_latin_refuses_more_rounds_than_there_are_shifts():
-    match = r"^`pool_size` must be below `num_workers` \(there are 7 shifts of 8 workers\), got 8.$"
+    match = r"^`pool_size` must be at most 7, the number of shifts of 8 workers, got 8.$"
     with pytest.raises(ValueError, match=match):
         latin(8, 8)
+    match = r"^`pool_size` must be at most 6, the number of shifts of 8 workers that swap none, got 7.$"
+    with pytest.raises(ValueError, match=match):
+        latin(8, 7, swaps=False)
+    with pytest.raises(ValueError, match=r"at most 0"):
+        latin(2, 1, swaps=False)
     assert latin(1, 8).num_rounds == 1
 
 
