@@ -32,14 +32,16 @@ TRIAL = (
     f"mount -t tmpfs none {FOLDER}; tc qdisc add dev trial1 {LIMIT.format(rate='1mbit', burst=BURST)}"
 )
 # Waits for its interface, takes its name and its /etc/hosts, and becomes the command. Any kernel lets a namespace have
-# Reno for its congestion control; where BBR is the default its probing makes transfers of a second vary by a fifth. A
-# connection may queue 128 KB: with 4 MB, the default of new kernels, Gloo's "ready to receive" waits in the one queue
-# of a link behind what its sender sends to others, and segments take 1.1 to 1.5 times as long. (Or fq_codel.)
+# Reno for its congestion control; where BBR is the default its probing makes transfers of a second vary by a fifth.
 HOST = (
     "echo reno > /proc/sys/net/ipv4/tcp_congestion_control; "
-    "echo 131072 > /proc/sys/net/ipv4/tcp_limit_output_bytes; "
+    "echo $1 > /proc/sys/net/ipv4/tcp_limit_output_bytes; shift; "
     'read -r _ && hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
 )
+# Of a burst: what a connection may queue, and what a packet may hold before the card cuts it. A link has one queue,
+# not one for each connection as with fq_codel, the default of most systems. With the kernel's 4 MB, Gloo's "ready to
+# receive" waits there behind all that its sender sends to others: six segments then take 1.1 to 1.5 times as long.
+QUEUED, PACKET = 1 / 2, 1 / 4
 ENDS = ("out", "err")
 MAX_HOSTS = 250
 
@@ -107,7 +109,8 @@ def run(
         started = []
         try:
             for i, command in enumerate(commands):
-                shell = ["unshare", "--net", "--uts", "--mount", "sh", "-c", HOST, f"host{i}", str(hosts), *command]
+                inside = ["unshare", "--net", "--uts", "--mount", "sh", "-c", HOST]
+                shell = [*inside, f"host{i}", str(int(QUEUED * burst)), str(hosts), *command]
                 out, err = (opened.enter_context(open(pathlib.Path(folder, f"{i}.{end}"), "w+")) for end in ENDS)
                 host = subprocess.Popen(
                     shell, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**os.environ, **(env or {})}
@@ -145,7 +148,8 @@ def _plug(i: int, pid: int, rate: str | None, burst: int) -> None:
     _wait_for_namespace(pid)
     inside = ["nsenter", f"--net=/proc/{pid}/ns/net"]
     _ip(f"link add port{i} type veth peer name eth0 netns {pid}", f"link set port{i} master bridge0 up")
-    _ip(f"addr add {address(i)}/24 dev eth0", "link set lo up", "link set eth0 up", inside=inside)
+    _ip(f"addr add {address(i)}/24 dev eth0", "link set lo up", inside=inside)
+    _ip(f"link set eth0 gso_max_size {min(1 << 16, int(PACKET * burst))} up", inside=inside)
     if rate:
         for where, device in (([], f"port{i}"), (inside, "eth0")):
             limit = f"tc qdisc add dev {device} {LIMIT.format(rate=rate, burst=burst)}"

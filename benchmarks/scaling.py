@@ -6,12 +6,13 @@ One process per host on Gloo (`hosts.py`). An algorithm is a name and, behind sl
 format, `during`, `home`: crossover/12/int8/during. With `home` everybody hears himself: nothing is sent, and what is
 left is the time of packing, coding and averaging by itself. `--compute 1.5` puts a timed wait into each step, 1.5 times
 as long as one model's transfer takes at that rate: a stand-in for the gradient, for the hosts share this machine's
-cores.
+cores. `--real` puts matrix products there that take as long when all hosts are at it.
 
 Steps of all algorithms alternate, each after a barrier; a step takes as long as its slowest host, and the figure is
-their median. `limit_s` is what the links allow: payload / rate, beside the wait with `during`, else behind it (what a
-link sends in 10 ms passes at once, so that short transfers may take less). XLA:CPU does not run an exchange beside this
-wait.
+their median. `limit_s` is what the links allow: payload / rate, beside the compute with `during`, else behind it (what
+a link sends in 10 ms passes at once, so that short transfers may take less). With `during` the exchange is a program of
+its own here, and the compute no program: on CPUs JAX runs one program after another, and within one XLA gives exchange
+and gradient the same memory, so that they wait for each other.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 import crossover_jax as cj
 from crossover_jax.compiled import wire_bytes
@@ -81,22 +83,26 @@ def parsed(text: str) -> Spec:
     return spec
 
 
-def gossip(n: int, spec: Spec, table: Callable[[int, int], np.ndarray]) -> cj.Algorithm:
+def mix_of(n: int, spec: Spec) -> cj.Mix:
     possible = range(1, max(n - 1 - (n % 2 == 0), 1) + 1)  # shifts that swap none: a swap takes twice as long on Gloo
     segments = spec.segments or possible[-1]
     pool = cj.latin(n, max(p for p in possible if segments % p == 0), swaps=n == 2)
     if spec.home:
         pool = cj.Pool(np.broadcast_to(np.arange(n), pool.receive_from.shape), pool.share)
-    mix = cj.gossip(pool, table(segments, pool.num_rounds), cj.by_size(segments), wire=spec.wire)
-    return (cj.mix_during if spec.during else cj.mix_after)(optax.sgd(0.1), mix)
+    table = (cj.shuffle if spec.name == "crossover" else cj.sample)(segments, pool.num_rounds)
+    return cj.gossip(pool, table, cj.by_size(segments), wire=spec.wire)
+
+
+def gossip(n: int, spec: Spec) -> cj.Algorithm:
+    return (cj.mix_during if spec.during else cj.mix_after)(optax.sgd(0.1), mix_of(n, spec))
 
 
 ALGORITHMS: dict[str, Callable[[int, Spec], cj.Algorithm]] = {
     "alone": lambda n, spec: cj.mix_after(optax.sgd(0.1), cj.chain()),
     "allreduce": lambda n, spec: cj.allreduce_sgd(optax.sgd(0.1)),
     "sgp": lambda n, spec: cj.sgp(optax.sgd(0.1), n),
-    "crossover": lambda n, spec: gossip(n, spec, cj.shuffle),
-    "switch": lambda n, spec: gossip(n, spec, cj.sample),
+    "crossover": gossip,
+    "switch": gossip,
 }
 
 
@@ -108,6 +114,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--algorithms", default="allreduce,sgp,crossover/12,switch/12")
     parser.add_argument("--compute", type=float, default=0.0, help="wait in each step, in transfers of one model")
     parser.add_argument("--compute_s", type=float, help="the same in seconds")
+    parser.add_argument("--real", action="store_true", help="compute instead of waiting")
     parser.add_argument("--steps", type=int, default=10, help="of each algorithm")
     parser.add_argument("--out", type=pathlib.Path, help="CSV to which rows are added")
     parser.add_argument("--host", type=int, help=argparse.SUPPRESS)  # set for the processes on the hosts
@@ -118,11 +125,15 @@ def main(argv: Sequence[str]) -> None:
             args.compute_s if args.compute_s is not None else args.compute * transfer / bits_per_second(args.rate)
         )
         if args.host is not None:
-            on_host(args.host, args.hosts, specs, int(args.params), compute_s, args.steps)
+            on_host(args.host, args.hosts, specs, int(args.params), compute_s, args.real, args.steps)
             return
         hosts.enter()
         command = [sys.executable, __file__, *argv, "--host"]
-        env = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}  # threads: a message in flight holds one
+        env = {
+            "JAX_PLATFORMS": "cpu",
+            "NPROC": "16",
+            "OMP_NUM_THREADS": "1",
+        }  # a message in flight holds a thread of 16
         burst = max(hosts.BURST, int(BURST_S * bits_per_second(args.rate) / 8))
         said = hosts.run(
             [[*command, str(i)] for i in range(args.hosts)], rate=args.rate, burst=burst, env=env, timeout=3600
@@ -140,18 +151,21 @@ def main(argv: Sequence[str]) -> None:
             writer.writerows(rows)
 
 
-def on_host(me: int, n: int, specs: Sequence[Spec], num_params: int, compute_s: float, num_steps: int) -> None:
+def on_host(
+    me: int, n: int, specs: Sequence[Spec], num_params: int, compute_s: float, is_real: bool, num_steps: int
+) -> None:
     """Time the steps on this host, and print seconds and bytes as JSON."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"{hosts.address(0)}:9000", n, me)
     mesh = cj.make_mesh(n)
     params = functools.partial(model, num_params)
+    compute = products(compute_s) if is_real and compute_s else functools.partial(time.sleep, compute_s)
     runs, found = [], {"payload": [], "frames": [[] for _ in specs], "seconds": [[] for _ in specs]}
     for spec in specs:
         algorithm = ALGORITHMS[spec.name](n, spec)
         state = cj.copies(lambda algorithm=algorithm: (params(), algorithm.init(params())), mesh)
-        step = cj.per_worker(functools.partial(step_of, algorithm, compute_s), mesh, (1,))
-        runs.append([step, state])
+        step = beside if spec.during else behind
+        runs.append([step(n, spec, algorithm, mesh, compute), state])
         one = jax.eval_shape(params)
         grads_and_state = (one, jax.eval_shape(algorithm.init, one), one)
         found["payload"].append(
@@ -176,19 +190,59 @@ def model(num_params: int) -> dict[str, jax.Array]:
     return {str(i): jnp.full(num_params // LEAVES, 1.0, jnp.float32) for i in range(LEAVES)}
 
 
-def step_of(algorithm: cj.Algorithm, compute_s: float, state: Any, step: jax.Array) -> Any:
-    params, algorithm_state = state
-    grads = jax.tree.map(lambda x: 0 * x, params)  # which the compiler cannot fold away, as it does zeros
-    if compute_s:
-        first = jax.tree.leaves(params)[0][:1]
-        done = jax.pure_callback(functools.partial(wait, compute_s), jax.ShapeDtypeStruct((1,), jnp.float32), first)
-        grads = jax.tree.map(lambda g: g + 0 * done, grads)
-    return algorithm.update(grads, algorithm_state, params, step)
+def gradients(params: Any) -> Any:
+    return jax.tree.map(lambda x: 0 * x, params)  # which the compiler cannot fold away, as it does zeros
 
 
-def wait(seconds: float, x: Any) -> np.ndarray:
-    time.sleep(seconds)
-    return np.asarray(x)
+def behind(n: int, spec: Spec, algorithm: cj.Algorithm, mesh: Mesh, compute: Callable[[], None]) -> Callable:
+    """The step whose exchange waits for the gradient."""
+
+    def update(state, step):
+        params, inner = state
+        return algorithm.update(gradients(params), inner, params, step)
+
+    run = cj.per_worker(update, mesh, (1,))
+
+    def step(state, t):
+        compute()
+        return run(state, t)
+
+    return step
+
+
+def beside(n: int, spec: Spec, algorithm: cj.Algorithm, mesh: Mesh, compute: Callable[[], None]) -> Callable:
+    """The step of `mix_during`, x <- W x + u, with W x in flight while the gradient is taken."""
+    exchange = cj.per_worker(mix_of(n, spec), mesh, (1,), donate=False)
+    alone = cj.mix_after(optax.sgd(0.1), cj.chain())
+
+    def update(mixed, state, t):
+        params, inner = state
+        return alone.update(gradients(params), inner, mixed, t)
+
+    finish = cj.per_worker(update, mesh, (2,))
+
+    def step(state, t):
+        mixed = exchange(state[0], t)
+        compute()
+        return finish(mixed, state, t)
+
+    return step
+
+
+def products(seconds: float) -> Callable[[], None]:
+    """Matrix products, by numpy, that take so long when all hosts compute at once."""
+    x, trial = np.eye(384, dtype=np.float32), 200
+
+    def multiply(count: int) -> None:
+        for _ in range(count):
+            x @ x
+
+    multiply(trial)
+    multihost_utils.sync_global_devices("products")
+    began = time.perf_counter()
+    multiply(trial)
+    mine = trial * seconds / (time.perf_counter() - began)
+    return functools.partial(multiply, max(1, int(multihost_utils.process_allgather(np.float32(mine)).mean())))
 
 
 def summary(found: Sequence[dict], args: argparse.Namespace, specs: Sequence[Spec], compute_s: float) -> list[dict]:
