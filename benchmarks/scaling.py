@@ -129,11 +129,8 @@ def main(argv: Sequence[str]) -> None:
             return
         hosts.enter()
         command = [sys.executable, __file__, *argv, "--host"]
-        env = {
-            "JAX_PLATFORMS": "cpu",
-            "NPROC": "16",
-            "OMP_NUM_THREADS": "1",
-        }  # a message in flight holds a thread of 16
+        # A message in flight holds one of XLA's threads.
+        env = {"JAX_PLATFORMS": "cpu", "NPROC": "16", "OMP_NUM_THREADS": "1"}
         burst = max(hosts.BURST, int(BURST_S * bits_per_second(args.rate) / 8))
         said = hosts.run(
             [[*command, str(i)] for i in range(args.hosts)], rate=args.rate, burst=burst, env=env, timeout=3600

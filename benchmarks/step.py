@@ -80,9 +80,9 @@ def measured(names: Sequence[str], args: argparse.Namespace) -> list[tuple[str, 
     lines = []
     for name, own, run in zip(names, seconds, runs, strict=True):
         ratios = [a / b for a, b in zip(own, seconds[0], strict=True)]
-        figures = (1e3 * statistics.median(own), statistics.median(ratios), min(ratios), max(ratios))
-        lines.append((name, "{:.1f}|{:.3f}|{:.2f}|{:.2f}".format(*figures).split("|"), f"{run.temporary / 1e6:.0f} MB"))
-    return [(name, *figures, held) for name, figures, held in lines]
+        times = (f"{1e3 * statistics.median(own):.1f}", f"{statistics.median(ratios):.3f}")
+        lines.append((name, *times, f"{min(ratios):.2f}", f"{max(ratios):.2f}", f"{run.temporary / 1e6:.0f} MB"))
+    return lines
 
 
 class Run:
@@ -100,8 +100,7 @@ class Run:
         """Seconds of step `t`."""
         step = self._place(t)
         began = time.perf_counter()
-        self._state, metrics = jax.block_until_ready(self._step(self._state, self._batch, step))
-        del metrics
+        self._state, _ = jax.block_until_ready(self._step(self._state, self._batch, step))
         return time.perf_counter() - began
 
 
