@@ -11,8 +11,8 @@ cores. `--real` puts matrix products there that take as long when all hosts are 
 Steps of all algorithms alternate, each after a barrier; a step takes as long as its slowest host, and the figure is
 their median. `limit_s` is what the links allow: payload / rate, beside the compute with `during`, else behind it (what
 a link sends in 10 ms passes at once, so that short transfers may take less). With `during` the exchange is a program of
-its own here, and the compute no program: on CPUs JAX runs one program after another, and within one XLA gives exchange
-and gradient the same memory, so that they wait for each other.
+its own here, and the compute no program: on CPUs JAX runs one program after another, and within one XLA may give
+exchange and gradient the same memory, so that they wait for each other.
 """
 
 import argparse
