@@ -58,6 +58,8 @@ class Spec(NamedTuple):
     wire: str | None = None
     during: bool = False
     home: bool = False
+    round: bool = False
+    in_flight: int | None = None
 
 
 def parsed(text: str) -> Spec:
@@ -72,7 +74,9 @@ def parsed(text: str) -> Spec:
             spec = spec._replace(segments=int(option))
         elif option in WIRES:
             spec = spec._replace(wire=option)
-        elif option in ("during", "home"):
+        elif option.startswith("in_flight="):
+            spec = spec._replace(in_flight=int(option.removeprefix("in_flight=")))
+        elif option in ("during", "home", "round"):
             spec = spec._replace(**{option: True})
         else:
             raise ValueError(f"an option of {name!r} must be a number, `during`, `home` or a wire, got {option!r}.")
@@ -84,16 +88,20 @@ def parsed(text: str) -> Spec:
 
 
 def mix_of(n: int, spec: Spec) -> cj.Mix:
-    possible = range(1, max(n - 1 - (n % 2 == 0), 1) + 1)  # shifts that swap none: a swap takes twice as long on Gloo
-    segments = spec.segments or possible[-1]
-    pool = cj.latin(n, max(p for p in possible if segments % p == 0), swaps=n == 2)
+    shifts = max(n - 1 - (n % 2 == 0), 1)  # that swap none: a swap takes twice as long on Gloo
+    segments = spec.segments or shifts
+    rounds = shifts if spec.name == "switch" else max(p for p in range(1, shifts + 1) if segments % p == 0)
+    pool = cj.latin(n, rounds, swaps=n == 2)
     if spec.home:
         pool = cj.Pool(np.broadcast_to(np.arange(n), pool.receive_from.shape), pool.share)
     table = (cj.shuffle if spec.name == "crossover" else cj.sample)(segments, pool.num_rounds)
-    return cj.gossip(pool, table, cj.by_size(segments), wire=spec.wire)
+    return cj.gossip(pool, table, cj.by_size(segments), wire=spec.wire, in_flight=spec.in_flight)
 
 
 def gossip(n: int, spec: Spec) -> cj.Algorithm:
+    if spec.round:
+        mix = mix_of(n, spec)
+        return cj.Algorithm(lambda params: (), lambda grads, state, params, step: (mix(params, step), state))
     return (cj.mix_during if spec.during else cj.mix_after)(optax.sgd(0.1), mix_of(n, spec))
 
 

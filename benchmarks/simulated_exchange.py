@@ -29,16 +29,16 @@ def main() -> None:
         lambda shape: rng.normal(size=(WORKERS, *shape)).astype(np.float32), SHAPES, is_leaf=lambda x: type(x) is tuple
     )
     print(f"{'one pass over all parameters':40} {milliseconds(lambda tree, t: scaled(tree), tree):6.1f} ms")
-    by_index = mixing._is_simulated
+    by_index = mixing.is_simulated
     for wire in (None, "bfloat16", "int8"):
         mix = cj.gossip(cj.latin(WORKERS, SEGMENTS), cj.shuffle(SEGMENTS, SEGMENTS), cj.by_size(SEGMENTS), wire=wire)
         taken = []
         for form in (by_index, lambda axis: False):
-            mixing._is_simulated = form
+            mixing.is_simulated = form
             taken.append(milliseconds(jax.vmap(mix, in_axes=(0, None), axis_name="worker"), tree))
         line = f"exchange in {wire or 'float32'}: by index, batched ppermute"
         print(f"{line:40} {taken[0]:6.1f} {taken[1]:6.1f} ms, {taken[1] / taken[0]:.1f} times")
-    mixing._is_simulated = by_index
+    mixing.is_simulated = by_index
 
 
 def scaled(tree):

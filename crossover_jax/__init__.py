@@ -6,6 +6,7 @@ from crossover_jax.algorithms import average_grads as average_grads
 from crossover_jax.algorithms import mix_after as mix_after
 from crossover_jax.algorithms import mix_all as mix_all
 from crossover_jax.algorithms import mix_during as mix_during
+from crossover_jax.algorithms import mix_relative as mix_relative
 from crossover_jax.consensus import check_copies as check_copies
 from crossover_jax.consensus import consensus_distance as consensus_distance
 from crossover_jax.cuts import Cut as Cut

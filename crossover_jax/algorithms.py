@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crossover_jax.cuts import widened
-from crossover_jax.mixing import Mix, average
+from crossover_jax.cuts import travels, widened
+from crossover_jax.mixing import Mix, average, every
 
 PyTree = Any
 
@@ -109,6 +109,53 @@ def mix_all(optimizer: optax.GradientTransformation, mix: Mix, of_momentum: Mix 
         updates, state = optimizer.update(grads, state, params, **extra)
         state = jax.tree.map(lambda x: of_momentum(x, step) if is_momentum(x) else x, state, is_leaf=is_momentum)
         return mix(optax.apply_updates(params, updates), step), state
+
+    return Algorithm(init, update)
+
+
+class RelativeState(NamedTuple):
+    optimizer: PyTree
+    reference: PyTree  # like the parameters, the same on all workers
+
+
+def mix_relative(
+    optimizer: optax.GradientTransformation, mix: Mix, renew: int, axis: str = "worker", *, specs: PyTree = None
+) -> Algorithm:
+    """Step x <- x + u, then mix how it differs from a reference that all share: x <- x + (W d − d), d = x − r.
+
+    In exact arithmetic this is `mix_after`. A narrow wire, `gossip(..., wire="int8")`, rounds to a part of the largest
+    of 256 values that it is given, and so of how far the workers are from r, not of how large parameters are: they can
+    agree more closely. After each `renew` steps r becomes the average of the workers, by an all-reduce; it begins as
+    the parameters, which must be the same on all workers. `specs` tells how leaves lie inside a worker, as in `gossip`.
+
+    Raises `ValueError` for `renew` below 1. Holds one more copy of the parameters; differences of narrower parameters
+    than float32 travel as float32, or as the wire says.
+
+    >>> from crossover_jax import average
+    >>> algorithm = mix_relative(optax.sgd(1.0), average(), renew=1)
+    >>> x, grads = jnp.zeros(4), jnp.arange(4.0)
+    >>> state = jax.vmap(algorithm.init)(x)
+    >>> x, state = jax.vmap(algorithm.update, in_axes=(0, 0, 0, None), axis_name="worker")(grads, state, x, 0)
+    >>> x.tolist(), state.reference.tolist()
+    ([-1.5, -1.5, -1.5, -1.5], [-1.5, -1.5, -1.5, -1.5])
+    """
+    optimizer, mean = optax.with_extra_args_support(optimizer), average(axis, specs=specs)
+    renewed = every(renew, lambda pair, step: (pair[0], mean(pair[0], step)), axis)
+
+    def init(params):
+        return RelativeState(optimizer.init(params), params)
+
+    def update(grads, state, params, step, **extra):
+        updates, inner = optimizer.update(grads, state.optimizer, params, **extra)
+        params = optax.apply_updates(params, updates)
+        differences = jax.tree.map(lambda x, r: _difference(x, r) if travels(x) else x, params, state.reference)
+        mixed = mix(differences, step)
+        # Not r + W d: what stays at home does so bit for bit.
+        params = jax.tree.map(
+            lambda x, d, m: (x + (m - d)).astype(x.dtype) if travels(x) else x, params, differences, mixed
+        )
+        _, reference = renewed((params, state.reference), step)
+        return params, RelativeState(inner, reference)
 
     return Algorithm(init, update)
 

@@ -12,7 +12,8 @@ from jaxtyping import Array
 
 from crossover_jax.algorithms import Algorithm
 from crossover_jax.cuts import Cut, Packing, widened
-from crossover_jax.mixing import Step, check_axis, exchange, map_packed, row_at
+from crossover_jax.forms import row_at
+from crossover_jax.mixing import Step, check_axis, exchange, map_packed
 from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.tables import Table
 
@@ -33,11 +34,14 @@ def push_sum(
     axis: str = "worker",
     where: Callable[[str], bool] | None = None,
     specs: PyTree = None,
+    wire: str | None = None,
+    in_flight: int | None = None,
 ) -> Algorithm:
     """Stochastic gradient push: x <- W(x + u(z)), w <- W w, z = x / w, for pools that keep only mass.
 
     Gradient, optimizer and weight decay see the unbiased z; the optimizer's update is added to the biased x. Where the
-    pool keeps agreement too, w stays 1 and this is `mix_after`. Raises `ValueError` if the pool does not keep mass.
+    pool keeps agreement too, w stays 1 and this is `mix_after`. The weights are exact whatever the `wire`, which keeps
+    the mass too. Raises `ValueError` if the pool does not keep mass.
 
     Reference: Assran et al., Stochastic Gradient Push, arXiv:1811.10792, Algorithm 1.
 
@@ -53,7 +57,7 @@ def push_sum(
         raise ValueError("`pool` must keep mass (columns of W sum to 1) for push-sum, this one does not: transpose it?")
     optimizer = optax.with_extra_args_support(optimizer)
     mix, push, z = (
-        exchange(pool, table, cut, axis, where=where, specs=specs),
+        exchange(pool, table, cut, axis, where=where, specs=specs, wire=wire, in_flight=in_flight),
         push_weights(pool, table),
         unbias(cut, axis, where=where, specs=specs),
     )

@@ -42,6 +42,8 @@ def _crossover(c, optimizer, n, params, specs):
         rounds=c.rounds,
         momentum_rounds=c.momentum_rounds,
         wire=c.wire,
+        in_flight=c.in_flight or None,
+        renew=c.renew,
         seed=c.seed,
         specs=specs,
     )

@@ -233,6 +233,8 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         "eval_batch_size": (config.eval_batch_size >= 1, "at least 1"),
         "algorithm.rounds": (config.algorithm.rounds >= 1, "at least 1"),
         "algorithm.local_steps": (config.algorithm.local_steps >= 1, "at least 1"),
+        "algorithm.in_flight": (config.algorithm.in_flight >= 0, "at least 0"),
+        "algorithm.renew": (config.algorithm.renew >= 0, "at least 0"),
         "checkpoint.every": (config.checkpoint.every >= 0, "at least 0"),
         "checkpoint.keep": (config.checkpoint.keep >= 1, "at least 1"),
         "on_nan": (config.on_nan in ("stop", "rollback"), "'stop' or 'rollback'"),

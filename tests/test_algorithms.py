@@ -40,6 +40,15 @@ def pushed(optimizer, num_workers, params):
     return cj.sgp(optimizer, num_workers, pool=cj.pull(num_workers, 4, seed=1).transpose())
 
 
+def gossip(num_workers, **options):
+    shifts = max(1, num_workers - 1)
+    return cj.gossip(cj.latin(num_workers, shifts), cj.shuffle(shifts, shifts), cj.by_size(shifts), **options)
+
+
+def relative(optimizer, num_workers, params):
+    return cj.mix_relative(optimizer, gossip(num_workers), renew=3)
+
+
 def messages(pool):
     """Permutes that a pool compiles to: rows that move somebody and carry a share."""
     rows = [(r, s) for p, q in zip(pool.receive_from, pool.share, strict=True) for r, s in zip(p, q[1:], strict=True)]
@@ -79,6 +88,7 @@ ALGORITHMS = {
         keeps_mean=False,
     ),
     "bfloat16": Contract(lambda o, n, p: cj.crossover_sgd(o, n, wire="bfloat16"), permutes=7),
+    "relative": Contract(relative, permutes=7, conditionals=1, all_reduces=1),
     "shared_momentum": Contract(lambda o, n, p: cj.crossover_sgd(o, n, momentum_rounds=1), permutes=14),
     "two_rounds": Contract(lambda o, n, p: cj.crossover_sgd(o, n, rounds=2), permutes=14),
     "phases": Contract(lambda o, n, p: cj.crossover_sgd_phases(o, n), permutes=3),
@@ -346,10 +356,49 @@ def test_momentum_of_adam_is_shared_and_its_count_is_not():
     assert found.count.tolist() == [1] * WORKERS
 
 
+@pytest.mark.parametrize("place_of", [lambda: WORKERS, mesh], ids=["simulated", "mesh"])
+def test_differences_to_a_reference_mix_like_the_parameters_and_in_int8_to_a_closer_agreement(place_of):
+    x = np.random.default_rng(0).normal(size=(WORKERS, 7, 300)).astype(np.float32)
+    where, start = place_of(), jnp.asarray(x[0])
+
+    def mixed(algorithm, steps):
+        step = cj.per_worker(lambda x, state, t: algorithm.update(0 * x, state, x, t), where, (2,))
+        now, state = place(jnp.asarray(x), where), cj.copies(lambda: algorithm.init(start), where)
+        for t in range(steps):
+            now, state = step(now, state, jnp.int32(t))
+        return np.asarray(now, np.float64), state
+
+    plain, _ = mixed(cj.mix_after(optax.sgd(0.1), gossip(WORKERS)), 6)
+    same, state = mixed(cj.mix_relative(optax.sgd(0.1), gossip(WORKERS), renew=5), 6)
+    np.testing.assert_allclose(same, plain, atol=1e-6)
+    reference = np.asarray(state.reference)
+    np.testing.assert_array_equal(reference, np.broadcast_to(reference[0], x.shape))
+    np.testing.assert_allclose(reference[0], x.mean(0), atol=1e-6)  # renewed once, from the workers of that step
+
+    coarse, _ = mixed(cj.mix_after(optax.sgd(0.1), gossip(WORKERS, wire="int8")), 60)
+    fine, _ = mixed(cj.mix_relative(optax.sgd(0.1), gossip(WORKERS, wire="int8"), renew=20), 60)
+    apart = [np.sqrt(((each - each.mean(0)) ** 2).mean()) for each in (coarse, fine)]
+    assert apart[0] > np.abs(x.mean(0)).max() / 127 / 12
+    assert apart[1] < 1e-4 * apart[0]
+    np.testing.assert_allclose(fine.sum(0), x.sum(0), atol=1e-4)
+
+
+def test_a_reference_leaves_what_stays_at_home_as_it_is():
+    x = {"w": np.random.default_rng(0).normal(size=(WORKERS, 24)).astype(np.float32)}
+    halves = cj.gossip(cj.latin(WORKERS, 1), np.array([[0, -1]]), cj.by_size(2))
+    algorithm = cj.mix_relative(optax.sgd(0.1), halves, renew=100)
+    step = cj.per_worker(
+        lambda x: algorithm.update({"w": 0 * x["w"]}, algorithm.init({"w": x["w"] / 3}), x, 0)[0], WORKERS
+    )
+    got = step(jax.tree.map(jnp.asarray, x))
+    np.testing.assert_array_equal(got["w"][:, 12:], x["w"][:, 12:])
+    assert np.abs(got["w"][:, :12] - x["w"][:, :12]).min() > 0
+
+
 def test_momentum_can_be_shared_where_there_is_some():
     with pytest.raises(ValueError, match="`optimizer` must keep momentum in the shape of the parameters"):
         cj.crossover_sgd(optax.sgd(0.1), WORKERS, momentum_rounds=1).init({"w": jnp.zeros(3)})
-    with pytest.raises(ValueError, match="`momentum_rounds` must be 0 with `during`, got 2"):
+    with pytest.raises(ValueError, match="at most one must be set, got True, 2 and 0"):
         cj.crossover_sgd(optax.adam(0.1), WORKERS, momentum_rounds=2, during=True)
 
 
@@ -394,6 +443,29 @@ def test_push_sum_reaches_the_true_average_where_plain_mixing_does_not():
         lambda z, x: np.testing.assert_allclose(z, np.broadcast_to(x.mean(0), x.shape), atol=1e-4), model, tree
     )
     assert cj.consensus_distance(biased) > 0.1
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_push_sum_in_a_narrow_wire_keeps_mass_and_weights_and_comes_to_the_true_average(wire):
+    pool, table = cj.pull(WORKERS, 4, seed=1).transpose(), cj.cycle(1, 4)
+    x = np.random.default_rng(0).normal(size=(WORKERS, 256)).astype(np.float32)
+    algorithms = [cj.push_sum(optax.sgd(0.0), pool, table, cj.whole(), wire=each) for each in (None, wire)]
+    models, weights = [], []
+    for algorithm in algorithms:
+        step = cj.per_worker(lambda x, s, t, a=algorithm: a.update(0 * x, s, x, t), WORKERS, (2,))
+        now, state = jnp.asarray(x), cj.copies(algorithm.init(jnp.asarray(x[0])), WORKERS)
+        for t in range(80):
+            now, state = step(now, state, jnp.int32(t))
+        np.testing.assert_allclose(now.sum(0), x.sum(0), atol=1e-4)
+        models.append(cj.per_worker(algorithm.model, WORKERS)(now, state))
+        weights.append(state.weights)
+    np.testing.assert_array_equal(*weights)
+    assert np.abs(np.asarray(models[0]) - x.mean(0)).max() < 1e-5
+    # A message is rounded to a part of the largest value, which is biased: at most `largest` times the true one.
+    largest = np.asarray(weights[0]).max() * np.abs(x.mean(0)).max()
+    step_of_wire = {"bfloat16": 2**-8, "int8": 1 / 127}[wire] * largest
+    smallest = np.asarray(weights[0]).min()
+    assert 0 < np.abs(np.asarray(models[1]) - x.mean(0)).max() < 2 * step_of_wire / smallest
 
 
 def test_sgp_on_the_exponential_graph_keeps_no_weights_because_they_stay_one():

@@ -38,12 +38,14 @@ def loss(params, x):
     return jnp.mean(x**2)
 
 
-def compiled_step(pool, devices, *, during):
+def compiled_step(pool, devices, *, during, in_flight=None):
     """The compiled train step of a stack of matrices on one worker per chip."""
     n = len(devices)
     mesh = cj.make_mesh(n, devices=devices)
     segments = cj.by_size(pool.num_rounds)
-    algorithm = cj.crossover_sgd(optax.sgd(0.1, momentum=0.9), n, pool=pool, cut=segments, during=during)
+    algorithm = cj.crossover_sgd(
+        optax.sgd(0.1, momentum=0.9), n, pool=pool, cut=segments, during=during, in_flight=in_flight
+    )
 
     def step(state, x, t):
         params, inner = state
@@ -91,6 +93,16 @@ def test_mixing_during_the_step_sends_before_the_first_matmul_and_is_done_after_
     assert ("send" in order) == (slices > 1)
     assert max(starts) < matmuls[0]
     assert min(dones) > matmuls[-1]
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_no_more_channels_are_under_way_than_in_flight_allows(in_flight):
+    devices = chips(1)
+    order = schedule(compiled_step(cj.latin(len(devices), 5), devices, during=True, in_flight=in_flight).as_text())
+    steps = {"collective-permute-start": 1, "collective-permute-done": -1}
+    under_way = np.cumsum([steps.get(op, 0) for op in order])
+    assert under_way.max() == in_flight
+    assert sum(op == "collective-permute-start" for op in order) == 5
 
 
 def test_mixing_after_the_step_cannot_be_hidden_and_the_schedule_shows_it(pod):

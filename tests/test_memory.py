@@ -19,7 +19,7 @@ ODD = [(4099, 4096), (4097,)] * 8  # no leaf, and no segment, begins where a til
 ONE_SLICE, PODS = ("v5e:4x4", 1), ("v5e:2x4", 4)
 
 
-def temporaries(where, workers, rounds, shapes, specs, dtype, table=None):
+def temporaries(where, workers, rounds, shapes, specs, dtype, table=None, in_flight=None):
     """Bytes of temporaries per device, divided by its part of the parameters."""
     topology, slices = where
     several = {"num_slices": slices} if slices > 1 else {}
@@ -30,7 +30,7 @@ def temporaries(where, workers, rounds, shapes, specs, dtype, table=None):
     scale = 1 if specs is None else inner
     leaves = [jax.ShapeDtypeStruct((workers, scale * n, *rest), dtype, sharding=sharding) for n, *rest in shapes]
     table = cj.shuffle(rounds, rounds) if table is None else table
-    mix = cj.gossip(cj.latin(workers, rounds), table, cj.by_size(table.shape[1]), specs=specs)
+    mix = cj.gossip(cj.latin(workers, rounds), table, cj.by_size(table.shape[1]), specs=specs, in_flight=in_flight)
     step = cj.per_worker(mix, mesh, replicated=(1,), out_specs=specs)
     t = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     memory = step.lower(leaves, t).compile().memory_analysis()
@@ -62,3 +62,8 @@ def test_an_exchange_needs_little_more_than_what_leaves_and_what_arrives(
 def test_half_of_the_segments_need_half_of_the_messages_beside_the_packed_model():
     table = cj.stream(8, 2, every=2)
     assert temporaries(ONE_SLICE, 16, 2, EVEN, None, jnp.float32, table) < 2.2
+
+
+@pytest.mark.parametrize(("in_flight", "limit"), [(1, 1.3), (2, 1.6), (3, 1.8)])
+def test_fewer_channels_in_flight_need_less_beside_the_packed_model(in_flight, limit):
+    assert temporaries(ONE_SLICE, 16, 8, ODD, None, jnp.float32, in_flight=in_flight) < limit

@@ -39,6 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.algorithm.rounds = 1  # exchanges at each of them (crossover)
     config.algorithm.momentum_rounds = 0  # exchange the optimizer's momentum too, so often (crossover)
     config.algorithm.wire = "float32"  # or "bfloat16", "int8": what messages are sent in (crossover)
+    config.algorithm.renew = 0  # exchange differences to a reference, renewed every so many steps; 0: none (crossover)
+    config.algorithm.in_flight = 0  # channels under way at once; 0: all (crossover)
     config.algorithm.peers = 1  # messages per round (sgp)
     config.algorithm.pool = "latin"  # or "balanced", "derangements" (crossover)
     config.algorithm.pool_size = 0  # rounds in the pool; 0: chosen by the number of workers
