@@ -31,21 +31,18 @@ TRIAL = (
     "set -e; hostname trial; ip link add trial0 type bridge; ip link add trial1 type veth peer name trial2; "
     f"mount -t tmpfs none {FOLDER}; tc qdisc add dev trial1 {LIMIT.format(rate='1mbit', burst=BURST)}"
 )
-# Waits for its interface, takes its name and its /etc/hosts, and becomes the command. Any kernel lets a namespace have
-# Reno for its congestion control; where BBR is the default its probing makes transfers of a second vary by a fifth. A
-# connection that was idle may go on as fast as it was: those of gossip are idle most of the time, and starting slowly
-# again made rounds of 0.87 s take 0.91.
-HOST = (
-    "echo reno > /proc/sys/net/ipv4/tcp_congestion_control; "
-    "echo 0 > /proc/sys/net/ipv4/tcp_slow_start_after_idle; "
-    "echo $1 > /proc/sys/net/ipv4/tcp_limit_output_bytes; shift; "
-    'read -r _ && hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
-)
+# Waits for its interface, takes its name and its /etc/hosts, and becomes the command.
+HOST = 'read -r _ && hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+CONGESTION = "reno"  # where BBR is the kernel's default, its probing makes transfers of a second vary by a fifth
 # Of a burst: what a connection may queue, and what a packet may hold before the card cuts it. A link has one queue,
 # not one for each connection as with fq_codel, the default of most systems. With the kernel's 4 MB, Gloo's "ready to
 # receive" waits there behind all that its sender sends to others: six segments then take 1.1 to 1.5 times as long.
 QUEUED, PACKET = 1 / 2, 1 / 4
+# A connection that was idle goes on as fast as it was. Those of gossip are idle most of the time, each used in one round
+# of many: starting slowly again, the kernel's default, made rounds of 0.87 s take 0.91 (benchmarks/permutes.py).
+AFTER_IDLE = 0
 ENDS = ("out", "err")
+NETWORK = "10.99.0.0/24"
 MAX_HOSTS = 250
 
 
@@ -92,18 +89,23 @@ def run(
     *,
     rate: str | None,
     burst: int = BURST,
+    congestion: str = CONGESTION,
+    tcp: Mapping[str, int] | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 600,
 ) -> list[str]:
     """Run a command on each host, links limited to `rate` ("200mbit") in both directions; what each wrote to stdout.
 
     An idle link saves up to `burst` bytes, which then pass at once. On a busy machine it loses what it could have sent
-    while the kernel did not get to it, but for those. Needs `enter`. Raises `RuntimeError` with the end of stderr where
-    a command fails, and where it takes more than `timeout` seconds, after which all are killed, and `ValueError` for a
-    rate or a number of hosts that cannot be.
+    while the kernel did not get to it, but for those. `congestion` is the control of connections between hosts, one of
+    net.ipv4.tcp_available_congestion_control, and `tcp` sets the kernel's net.ipv4.tcp_* on every host, without that
+    prefix: {"slow_start_after_idle": 0}. Needs `enter`. Raises `RuntimeError` with the end of stderr where a command
+    fails, and where it takes more than `timeout` seconds, after which all are killed, and `ValueError` for a rate, a
+    setting or a number of hosts that cannot be.
     """
     if len(commands) > MAX_HOSTS:
         raise ValueError(f"`commands` must be for at most {MAX_HOSTS} hosts, got {len(commands)}.")
+    tcp = {"limit_output_bytes": int(QUEUED * burst), "slow_start_after_idle": AFTER_IDLE, **(tcp or {})}
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder, contextlib.ExitStack() as opened:
         hosts = pathlib.Path(folder, "hosts")
         names = "".join(f"{address(i)} host{i}\n" for i in range(len(commands)))
@@ -113,13 +115,14 @@ def run(
         try:
             for i, command in enumerate(commands):
                 inside = ["unshare", "--net", "--uts", "--mount", "sh", "-c", HOST]
-                shell = [*inside, f"host{i}", str(int(QUEUED * burst)), str(hosts), *command]
+                shell = [*inside, f"host{i}", str(hosts), *command]
                 out, err = (opened.enter_context(open(pathlib.Path(folder, f"{i}.{end}"), "w+")) for end in ENDS)
                 host = subprocess.Popen(
                     shell, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**os.environ, **(env or {})}
                 )
                 started.append((host, out, err))
                 _plug(i, host.pid, rate, burst)
+                _tune(host.pid, congestion, tcp)
             for host, *_ in started:
                 host.stdin.write("go\n")
                 host.stdin.close()
@@ -159,6 +162,19 @@ def _plug(i: int, pid: int, rate: str | None, burst: int) -> None:
             done = subprocess.run([*where, *limit.split()], capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(f"`rate` must be one that tc reads, as 200mbit, got {rate!r}: {done.stderr.strip()}")
+
+
+def _tune(pid: int, congestion: str, tcp: Mapping[str, int]) -> None:
+    """Of a route a namespace may choose any congestion control, of all its connections only a few."""
+    inside, route = ["nsenter", f"--net=/proc/{pid}/ns/net"], f"ip route change {NETWORK} dev eth0 congctl"
+    done = subprocess.run([*inside, *route.split(), congestion], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"`congestion` must be what this kernel has, got {congestion!r}: {done.stderr.strip()}")
+    for name, value in tcp.items():
+        write = [*inside, "tee", f"/proc/sys/net/ipv4/tcp_{name}"]
+        done = subprocess.run(write, input=str(value), capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"`tcp` must be what a namespace may have, got {name} = {value!r}: {done.stderr.strip()}")
 
 
 def _wait_for_namespace(pid: int) -> None:
