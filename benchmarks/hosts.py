@@ -38,8 +38,8 @@ CONGESTION = "reno"  # where BBR is the kernel's default, its probing makes tran
 # not one for each connection as with fq_codel, the default of most systems. With the kernel's 4 MB, Gloo's "ready to
 # receive" waits there behind all that its sender sends to others: six segments then take 1.1 to 1.5 times as long.
 QUEUED, PACKET = 1 / 2, 1 / 4
-# A connection that was idle goes on as fast as it was. Those of gossip are idle most of the time, each used in one round
-# of many: starting slowly again, the kernel's default, made rounds of 0.87 s take 0.91 (benchmarks/permutes.py).
+# A connection that was idle goes on as fast as it was. Those of gossip are idle most of the time, each used in one
+# round of many: starting slowly again, the kernel's default, made rounds of 0.87 s take 0.91 (permutes.py).
 AFTER_IDLE = 0
 ENDS = ("out", "err")
 NETWORK = "10.99.0.0/24"

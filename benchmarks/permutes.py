@@ -20,8 +20,9 @@ median. The limit is payload / rate, or beside products what `products` takes, i
 the median's, the shortest step's and the longest's. What a link sends in 10 ms passes at once (`scaling.py`).
 
 `--queued` is what a connection may queue on its card, by default half of what passes at once; Linux 6.18 has 4 MB. With
-`--after_idle 1`, the kernel's default, a connection that was idle starts slowly again. The CSV says what the kernel had, not what it was
-asked for. `--check` compares what the first step brings with numpy's permutations of all hosts' vectors, on each host.
+`--after_idle 1`, the kernel's default, a connection that was idle starts slowly again. The CSV says what the kernel
+had, not what it was asked for. `--check` compares what the first step brings with numpy's permutations of all hosts'
+vectors, on each host.
 """
 
 import argparse

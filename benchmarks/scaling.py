@@ -3,10 +3,14 @@
     sudo python benchmarks/scaling.py --hosts 8 --rate 200mbit --params 5e6 --algorithms allreduce,sgp,crossover/7
 
 One process per host on Gloo (`hosts.py`). An algorithm is a name and, behind slashes, its number of segments, a wire
-format, `during`, `home`: crossover/12/int8/during. With `home` everybody hears himself: nothing is sent, and what is
-left is the time of packing, coding and averaging by itself. `--compute 1.5` puts a timed wait into each step, 1.5 times
-as long as one model's transfer takes at that rate: a stand-in for the gradient, for the hosts share this machine's
-cores. `--real` puts matrix products there that take as long when all hosts are at it.
+format, `in_flight=k`, `during`, `round`, `home`: crossover/12/int8/during. `crossover` is channels, `switch` the other
+compiled form; in `hierarchical` a worker is a host of two devices, which average their gradients and send half of the
+model each. `round` is the exchange without the optimizer's step. With `home` everybody hears himself: nothing is sent,
+and what is left is the time of packing, coding and averaging by itself.
+
+`--compute 1.5` puts a timed wait into each step, 1.5 times as long as one model's transfer takes at that rate: a
+stand-in for the gradient, for the hosts share this machine's cores. `--real` puts matrix products there that take as
+long when all hosts are at it.
 
 Steps of all algorithms alternate, each after a barrier; a step takes as long as its slowest host, and the figure is
 their median. `limit_s` is what the links allow: payload / rate, beside the compute with `during`, else behind it (what
@@ -34,7 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from crossover_jax.compiled import wire_bytes
@@ -43,7 +48,8 @@ from crossover_jax.wire import WIRES
 
 LEAVES = 8
 BURST_S = 0.01  # how long the kernel may not get to a link without loss
-WITH_OPTIONS = ("crossover", "switch")
+DEVICES = 2  # of a host in `hierarchical`
+WITH_OPTIONS = ("crossover", "switch", "hierarchical")
 COLUMNS = (
     *("algorithm", "hosts", "rate", "params", "compute_s", "step_s", "limit_s", "ratio_to_limit"),
     *("payload_bytes", "frame_bytes"),
@@ -65,7 +71,7 @@ class Spec(NamedTuple):
 def parsed(text: str) -> Spec:
     """
     >>> parsed("crossover/12/int8")
-    Spec(name='crossover', segments=12, wire='int8', during=False, home=False)
+    Spec(name='crossover', segments=12, wire='int8', during=False, home=False, round=False, in_flight=None)
     """
     name, *options = text.split("/")
     spec = Spec(name)
@@ -79,7 +85,9 @@ def parsed(text: str) -> Spec:
         elif option in ("during", "home", "round"):
             spec = spec._replace(**{option: True})
         else:
-            raise ValueError(f"an option of {name!r} must be a number, `during`, `home` or a wire, got {option!r}.")
+            raise ValueError(
+                f"an option of {name!r} must be a number, in_flight=k, during, round, home or a wire, got {option!r}."
+            )
     if name not in ALGORITHMS:
         raise ValueError(f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {name!r}.")
     if options and name not in WITH_OPTIONS:
@@ -94,7 +102,7 @@ def mix_of(n: int, spec: Spec) -> cj.Mix:
     pool = cj.latin(n, rounds, swaps=n == 2)
     if spec.home:
         pool = cj.Pool(np.broadcast_to(np.arange(n), pool.receive_from.shape), pool.share)
-    table = (cj.shuffle if spec.name == "crossover" else cj.sample)(segments, pool.num_rounds)
+    table = (cj.sample if spec.name == "switch" else cj.shuffle)(segments, pool.num_rounds)
     return cj.gossip(pool, table, cj.by_size(segments), wire=spec.wire, in_flight=spec.in_flight)
 
 
@@ -111,6 +119,7 @@ ALGORITHMS: dict[str, Callable[[int, Spec], cj.Algorithm]] = {
     "sgp": lambda n, spec: cj.sgp(optax.sgd(0.1), n),
     "crossover": gossip,
     "switch": gossip,
+    "hierarchical": gossip,
 }
 
 
@@ -160,17 +169,25 @@ def on_host(
     me: int, n: int, specs: Sequence[Spec], num_params: int, compute_s: float, is_real: bool, num_steps: int
 ) -> None:
     """Time the steps on this host, and print seconds and bytes as JSON."""
+    has_groups = any(spec.name == "hierarchical" for spec in specs)
+    jax.config.update("jax_num_cpu_devices", DEVICES if has_groups else 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"{hosts.address(0)}:9000", n, me)
-    mesh = cj.make_mesh(n)
+    single = cj.make_mesh(n, devices=[next(d for d in jax.devices() if d.process_index == i) for i in range(n)])
     params = functools.partial(model, num_params)
     compute = products(compute_s) if is_real and compute_s else functools.partial(time.sleep, compute_s)
     runs, found = [], {"payload": [], "frames": [[] for _ in specs], "seconds": [[] for _ in specs]}
     for spec in specs:
-        algorithm = ALGORITHMS[spec.name](n, spec)
+        algorithm, mesh, batch = ALGORITHMS[spec.name](n, spec), single, None
+        if spec.name == "hierarchical":
+            mesh = cj.make_mesh(n, {"device": DEVICES})
+            examples = NamedSharding(mesh, P("worker", "device"))
+            batch = jax.make_array_from_callback((n, DEVICES), examples, lambda index: np.full((1, 1), np.inf))
         state = cj.copies(lambda algorithm=algorithm: (params(), algorithm.init(params())), mesh)
-        step = beside if spec.during else behind
-        runs.append([step(n, spec, algorithm, mesh, compute), state])
+        step = (
+            beside(mix_of(n, spec), mesh, batch, compute) if spec.during else behind(algorithm, mesh, batch, compute)
+        )
+        runs.append([step, state])
         one = jax.eval_shape(params)
         grads_and_state = (one, jax.eval_shape(algorithm.init, one), one)
         found["payload"].append(
@@ -195,41 +212,44 @@ def model(num_params: int) -> dict[str, jax.Array]:
     return {str(i): jnp.full(num_params // LEAVES, 1.0, jnp.float32) for i in range(LEAVES)}
 
 
-def gradients(params: Any) -> Any:
-    return jax.tree.map(lambda x: 0 * x, params)  # which the compiler cannot fold away, as it does zeros
+def gradients(params: Any, batch: jax.Array | None) -> Any:
+    """Zeros that the compiler cannot fold away; with a batch, an infinity per device, an average over devices."""
+    if batch is None:
+        return jax.tree.map(lambda x: 0 * x, params)
+    return jax.tree.map(lambda x: (x > batch[:, None]).astype(x.dtype).mean(0), params)
 
 
-def behind(n: int, spec: Spec, algorithm: cj.Algorithm, mesh: Mesh, compute: Callable[[], None]) -> Callable:
+def behind(algorithm: cj.Algorithm, mesh: Mesh, batch: jax.Array | None, compute: Callable[[], None]) -> Callable:
     """The step whose exchange waits for the gradient."""
 
-    def update(state, step):
+    def update(state, batch, step):
         params, inner = state
-        return algorithm.update(gradients(params), inner, params, step)
+        return algorithm.update(gradients(params, batch), inner, params, step)
 
-    run = cj.per_worker(update, mesh, (1,))
+    run = cj.per_worker(update, mesh, (2,))
 
     def step(state, t):
         compute()
-        return run(state, t)
+        return run(state, batch, t)
 
     return step
 
 
-def beside(n: int, spec: Spec, algorithm: cj.Algorithm, mesh: Mesh, compute: Callable[[], None]) -> Callable:
+def beside(mix: cj.Mix, mesh: Mesh, batch: jax.Array | None, compute: Callable[[], None]) -> Callable:
     """The step of `mix_during`, x <- W x + u, with W x in flight while the gradient is taken."""
-    exchange = cj.per_worker(mix_of(n, spec), mesh, (1,), donate=False)
+    exchange = cj.per_worker(mix, mesh, (1,), donate=False)
     alone = cj.mix_after(optax.sgd(0.1), cj.chain())
 
-    def update(mixed, state, t):
+    def update(mixed, state, batch, t):
         params, inner = state
-        return alone.update(gradients(params), inner, mixed, t)
+        return alone.update(gradients(params, batch), inner, mixed, t)
 
-    finish = cj.per_worker(update, mesh, (2,))
+    finish = cj.per_worker(update, mesh, (3,))
 
     def step(state, t):
         mixed = exchange(state[0], t)
         compute()
-        return finish(mixed, state, t)
+        return finish(mixed, state, batch, t)
 
     return step
 
