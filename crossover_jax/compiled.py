@@ -60,13 +60,22 @@ def collectives(text: str) -> collections.Counter:
 
 
 def schedule(text: str) -> list[str]:
-    """Operations of a compiled program's entry in the order they run; fusions around a matmul are called "matmul"."""
+    """Operations of a compiled program's entry in the order they run.
+
+    Fusions around a product and calls of a library for one (cuDNN, cuBLAS) are called "matmul". What only takes such a
+    fusion's result is none, though that stands in its line by name.
+
+    >>> schedule('ENTRY main\\n  a = f32[2]{0} custom-call(x), metadata={op_name="jit(f)/conv_general_dilated"}')
+    ['matmul']
+    >>> schedule('ENTRY main\\n  a = f32[2]{0} fusion(gemm_fusion_dot_general), metadata={op_name="jit(f)/mul"}')
+    ['fusion']
+    """
     operations = []
     for line in text[text.index("ENTRY") :].splitlines():
         if match := _DEFINITION.match(line):
             name = match.group(1)
             is_matmul = name in ("convolution", "dot") or (
-                name == "fusion" and re.search(r"dot_general|conv_general|convolution", line)
+                name in ("fusion", "custom-call") and re.search(r'op_name="[^"]*(?:dot_general|conv_general)', line)
             )
             operations.append("matmul" if is_matmul else name)
     return operations
