@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from matplotlib.figure import Figure
+
 from crossover_jax.plan import bits_per_second
 
 SCALING = pathlib.Path(__file__).with_name("scaling.py")
@@ -49,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--speed_up_from", type=pathlib.Path, help="CSV for its left half")
     args = parser.parse_args(argv)
     if args.figure:
-        draw(rows(args.out), rows(args.speed_up_from) if args.speed_up_from else [], args.figure)
+        drawn(rows(args.out), rows(args.speed_up_from) if args.speed_up_from else []).savefig(args.figure, dpi=120)
         return
     for flags in speed_up() if args.speed_up else grid():
         if not any(is_of(row, flags) for row in rows(args.out)):
@@ -91,9 +93,7 @@ def rows(path: pathlib.Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def draw(grid: Sequence[dict], speed_up: Sequence[dict], out: pathlib.Path) -> None:
-    from matplotlib.figure import Figure
-
+def drawn(grid: Sequence[dict], speed_up: Sequence[dict]) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, *others = figure.subplots(1, 1 + len(COMPUTES), width_ratios=[2, *[1] * len(COMPUTES)])
     for name in COMPARED:
@@ -127,7 +127,7 @@ def draw(grid: Sequence[dict], speed_up: Sequence[dict], out: pathlib.Path) -> N
     for axes in (left, *others):
         axes.set_xticks(HOSTS, [str(n) for n in HOSTS])
         axes.minorticks_off()
-    figure.savefig(out, dpi=120)
+    return figure
 
 
 def label(name: str) -> str:

@@ -184,9 +184,7 @@ def on_host(
             examples = NamedSharding(mesh, P("worker", "device"))
             batch = jax.make_array_from_callback((n, DEVICES), examples, lambda index: np.full((1, 1), np.inf))
         state = cj.copies(lambda algorithm=algorithm: (params(), algorithm.init(params())), mesh)
-        step = (
-            beside(mix_of(n, spec), mesh, batch, compute) if spec.during else behind(algorithm, mesh, batch, compute)
-        )
+        step = beside(mix_of(n, spec), mesh, batch, compute) if spec.during else behind(algorithm, mesh, batch, compute)
         runs.append([step, state])
         one = jax.eval_shape(params)
         grads_and_state = (one, jax.eval_shape(algorithm.init, one), one)

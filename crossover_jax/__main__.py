@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--ici-gbps", type=float, help="rate of a chip's link to the others of its worker")
     command.add_argument("--ici-us", type=float, default=1.0, help="latency of that link (default: 1)")
     command.add_argument("--fit", metavar="CSV", help="latency and rate from measurements of benchmarks/scaling.py")
+    command.add_argument("--check", metavar="CSV", help="compare what --fit says with these measurements instead")
     return parser
 
 
@@ -118,7 +119,8 @@ def _run_describe(args: argparse.Namespace) -> str:
 
 def _run_plan(args: argparse.Namespace) -> str:
     if args.fit:
-        return _text_of_fit(plan.read(args.fit))
+        rows = plan.read(args.fit)
+        return _text_of_fit(plan.fit(rows), plan.read(args.check) if args.check else rows)
     needed = {"--params": args.params, "--workers": args.workers, "--compute-ms": args.compute_ms}
     needed |= {"--dcn-gbps": args.dcn_gbps, "--ici-gbps": args.ici_gbps if args.chips > 1 else 1.0}
     if lacking := [name for name, value in needed.items() if value is None]:
@@ -169,17 +171,17 @@ def _rates(pays: tuple[float, float] | None) -> str:
     return f"on links above {low}" if low else f"on links below {high}" if high else "at every rate"
 
 
-def _text_of_fit(rows: list[dict[str, str]]) -> str:
-    found = plan.fit(rows)
+def _text_of_fit(found: plan.Fit, rows: list[dict[str, str]]) -> str:
+    of_steps, of_exchanges = found.errors(rows)
     lines = [
         (row["algorithm"], row["hosts"], row["rate"], row["compute_s"], row["step_s"], f"{predicted:.4g}")
-        for row, predicted in zip(rows, found.predicted, strict=True)
+        for row, predicted in zip(rows, found.predict(rows), strict=True)
     ]
     return "\n".join(
         [
             plan.as_table(("algorithm", "hosts", "rate", "compute, s", "step, s", "predicted, s"), lines),
             f"\nlatency {1e6 * found.latency:.3g} µs, {found.slowdown:.3f} times the transfer at the nominal rate; "
-            f"median error {100 * found.error:.1f} %",
+            f"median error of steps {100 * of_steps:.1f} %, of exchanges {100 * of_exchanges:.1f} %",
         ]
     )
 

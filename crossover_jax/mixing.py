@@ -59,8 +59,9 @@ def gossip(
     to the rounding of Q. "int8" sends 0.254 of float32: every 256 values of a message share a scale, their largest
     magnitude / 127, that travels behind them. A wire that is not narrower than a leaf changes nothing.
 
-    Channels leave together; with `in_flight=k` k of them, then, when those have arrived, the next k: less memory, and
-    on CPU hosts, where they go one after another anyway, less time (docs/performance.md). A switch takes one at a time.
+    Channels leave together; with `in_flight=k` k of them, then, when those have arrived, the next k: less memory
+    (docs/scaling.md), and on CPU hosts, where they go one after another anyway, less time (docs/performance.md). On
+    TPUs only the last k then hide behind compute. A switch takes one at a time.
 
     Raises `ValueError` if the pool does not keep agreement (see `push_sum`), if it is for another number of workers
     than the axis has, if the table names rounds that the pool lacks or has another number of segments than the cut, if

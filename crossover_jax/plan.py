@@ -145,8 +145,29 @@ class Fit(NamedTuple):
 
     latency: float  # seconds
     slowdown: float
-    predicted: tuple[float, ...]  # seconds, of all rows
-    error: float  # median of |predicted / measured - 1|
+
+    def predict(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Seconds of the steps that rows describe."""
+        exchange = _cost(rows) @ (self.latency, self.slowdown)
+        compute = _numbers(rows, "compute_s")
+        return np.where(_is_during(rows), np.maximum(compute, exchange), compute + exchange)
+
+    def errors(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+        """Medians of |predicted / measured − 1|: of all steps that exchange anything, and of the exchanges themselves.
+
+        An exchange is what a step takes beyond its compute, which is given, where it comes after the gradient.
+        """
+        predicted, measured, compute = self.predict(rows), _numbers(rows, "step_s"), _numbers(rows, "compute_s")
+        sends = _numbers(rows, "payload_bytes") > 0
+        shows = sends & ~_is_during(rows)
+        of_steps, of_exchanges = (
+            np.abs(p / m - 1)
+            for p, m in (
+                (predicted[sends], measured[sends]),
+                ((predicted - compute)[shows], (measured - compute)[shows]),
+            )
+        )
+        return _median(of_steps), _median(of_exchanges)
 
 
 def fit(rows: Sequence[Mapping[str, Any]]) -> Fit:
@@ -156,24 +177,36 @@ def fit(rows: Sequence[Mapping[str, Any]]) -> Fit:
     not show. Neither is below 0. Raises `ValueError` where the measurements do not tell the two apart: they need
     exchanges of several sizes or rates.
     """
-    waits = [_waits(row["algorithm"], int(row["hosts"])) if float(row["payload_bytes"]) else 0 for row in rows]
-    transfers = [8 * float(row["payload_bytes"]) / bits_per_second(row["rate"]) for row in rows]
-    measured, compute = (np.array([float(row[name]) for row in rows]) for name in ("step_s", "compute_s"))
-    during = np.array(["during" in row["algorithm"] for row in rows])
-    cost = np.stack([waits, transfers], axis=1)
-    used = ~during & (cost[:, 1] > 0)
+    cost, measured = _cost(rows), _numbers(rows, "step_s")
+    used = ~_is_during(rows) & (cost[:, 1] > 0)
     relative = cost[used] / measured[used][:, None]
     if np.linalg.matrix_rank(relative / relative.max(0, initial=1e-300)) < 2:
         raise ValueError(
             "the measurements must have exchanges after the gradient, of several sizes or rates, to tell latency from "
             f"rate, got {used.sum()} of {len(np.unique(cost[used], axis=0))} kinds."
         )
-    coefficients = _not_negative(relative, (measured - compute)[used] / measured[used])
-    exchange = cost @ coefficients
-    predicted = np.where(during, np.maximum(compute, exchange), compute + exchange)
-    error = float(np.median(np.abs(predicted / measured - 1)))
-    latency, slowdown = coefficients.tolist()
-    return Fit(latency, slowdown, tuple(predicted.tolist()), error)
+    exchange = measured - _numbers(rows, "compute_s")
+    return Fit(*_not_negative(relative, exchange[used] / measured[used]).tolist())
+
+
+def _cost(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Of each row how many messages wait for another, and seconds to send it all at the nominal rate."""
+    payload = _numbers(rows, "payload_bytes")
+    waits = np.array([_waits(row["algorithm"], int(row["hosts"])) for row in rows])
+    rates = np.array([bits_per_second(row["rate"]) for row in rows])
+    return np.stack([waits * (payload > 0), 8 * payload / rates], axis=1)
+
+
+def _median(values: np.ndarray) -> float:
+    return float(np.median(values)) if values.size else 0.0
+
+
+def _is_during(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.array(["during" in row["algorithm"] for row in rows])
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    return np.array([float(row[name]) for row in rows])
 
 
 def _not_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:

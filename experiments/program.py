@@ -360,8 +360,12 @@ def loss_fn(
 
 
 def wire_bytes_per_step(algorithm: cj.Algorithm, params: PyTree, config: ml_collections.ConfigDict) -> float:
-    """Bytes that a worker sends per step, from the traced program, averaged over workers and the first eight rounds."""
-    state, num_steps = jax.eval_shape(algorithm.init, params), 8 * config.algorithm.local_steps
+    """Bytes that a worker sends per step, from the traced program, averaged over workers and the first rounds.
+
+    Over eight of them, or until a reference is renewed.
+    """
+    state = jax.eval_shape(algorithm.init, params)
+    num_steps = max(8 * config.algorithm.local_steps, config.algorithm.renew)
 
     def sent(step: int) -> float:
         def update(params, state):

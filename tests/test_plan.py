@@ -97,8 +97,16 @@ def test_a_fit_finds_the_links_that_measurements_were_made_up_with(latency, slow
                 rows[-1] |= {"step_s": step, "payload_bytes": share * 4e6}
     found = plan.fit(rows)
     assert (found.latency, found.slowdown) == (pytest.approx(latency, abs=1e-9), pytest.approx(slowdown))
-    np.testing.assert_allclose(found.predicted, [row["step_s"] for row in rows])
-    assert found.error < 1e-9
+    np.testing.assert_allclose(found.predict(rows), [row["step_s"] for row in rows])
+    assert max(found.errors(rows)) < 1e-9
+    others = [{**row, "step_s": wrong * row["step_s"]} for row, wrong in zip(rows[:3], (1.25, 2, 0.5), strict=True)]
+    nothing = {**rows[-1], "step_s": 9.0}  # has no exchange to be wrong about
+    of_steps, of_exchanges = found.errors([*others, nothing])
+    assert of_steps == pytest.approx(0.5)  # the median of 0.2, 0.5 and 1
+    exchanges = [
+        abs((row["step_s"] - 0.1) / (other["step_s"] - 0.1) - 1) for row, other in zip(rows, others, strict=False)
+    ]
+    assert of_exchanges == pytest.approx(np.median(exchanges))
     for name in ("during", "sgp"):  # neither beside the gradient nor by one size at two rates alike can it be told
         few = [row for row in rows if name in row["algorithm"] and (name == "during" or row["rate"] == "1gbit")]
         with pytest.raises(ValueError, match="of several sizes or rates, to tell latency from rate"):
@@ -135,6 +143,13 @@ def test_the_command_prints_the_table_and_refuses_in_one_line(capsys, tmp_path):
     )
     assert main(["plan", "--fit", str(path)]) == 0
     assert "1.100 times the transfer" in capsys.readouterr().out
+    other = tmp_path / "y.csv"
+    other.write_text(path.read_text().replace(",2.2,", ",2.75,").replace(",1.1,", ",1.375,"))
+    assert main(["plan", "--fit", str(path), "--check", str(other)]) == 0
+    assert (
+        "1.100 times the transfer at the nominal rate; median error of steps 20.0 %, of exchanges 20.0 %"
+        in capsys.readouterr().out
+    )
     wrong_file = tmp_path / "wrong.csv"
     wrong_file.write_text("a,b\n1,2\n")
     for wrong, message in (
