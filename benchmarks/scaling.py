@@ -3,10 +3,11 @@
     sudo python benchmarks/scaling.py --hosts 8 --rate 200mbit --params 5e6 --algorithms allreduce,sgp,crossover/7
 
 One process per host on Gloo (`hosts.py`). An algorithm is a name and, behind slashes, its number of segments, a wire
-format, `in_flight=k`, `during`, `round`, `home`: crossover/12/int8/during. `crossover` is channels, `switch` the other
-compiled form; in `hierarchical` a worker is a host of two devices, which average their gradients and send half of the
-model each. `round` is the exchange without the optimizer's step. With `home` everybody hears himself: nothing is sent,
-and what is left is the time of packing, coding and averaging by itself.
+format, `in_flight=k`, `rows`, `during`, `round`, `home`: crossover/12/int8/during. `crossover` is channels, `switch`
+the other compiled form; with `rows` each segment has a part of every leaf. In `hierarchical` a worker is a host of two
+devices, which average their gradients and send half of the model each. `round` is the exchange without the optimizer's
+step. With `home` everybody hears himself: nothing is sent, and what is left is the time of packing, coding and
+averaging by itself.
 
 `--compute 1.5` puts a timed wait into each step, 1.5 times as long as one model's transfer takes at that rate: a
 stand-in for the gradient, for the hosts share this machine's cores. `--real` puts matrix products there that take as
@@ -66,12 +67,13 @@ class Spec(NamedTuple):
     home: bool = False
     round: bool = False
     in_flight: int | None = None
+    rows: bool = False
 
 
 def parsed(text: str) -> Spec:
     """
     >>> parsed("crossover/12/int8")
-    Spec(name='crossover', segments=12, wire='int8', during=False, home=False, round=False, in_flight=None)
+    Spec(name='crossover', segments=12, wire='int8', during=False, home=False, round=False, in_flight=None, rows=False)
     """
     name, *options = text.split("/")
     spec = Spec(name)
@@ -82,11 +84,12 @@ def parsed(text: str) -> Spec:
             spec = spec._replace(wire=option)
         elif option.startswith("in_flight="):
             spec = spec._replace(in_flight=int(option.removeprefix("in_flight=")))
-        elif option in ("during", "home", "round"):
+        elif option in ("during", "home", "round", "rows"):
             spec = spec._replace(**{option: True})
         else:
             raise ValueError(
-                f"an option of {name!r} must be a number, in_flight=k, during, round, home or a wire, got {option!r}."
+                f"an option of {name!r} must be a number, a wire, in_flight=k, rows, during, round or home, "
+                f"got {option!r}."
             )
     if name not in ALGORITHMS:
         raise ValueError(f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {name!r}.")
@@ -103,7 +106,8 @@ def mix_of(n: int, spec: Spec) -> cj.Mix:
     if spec.home:
         pool = cj.Pool(np.broadcast_to(np.arange(n), pool.receive_from.shape), pool.share)
     table = (cj.sample if spec.name == "switch" else cj.shuffle)(segments, pool.num_rounds)
-    return cj.gossip(pool, table, cj.by_size(segments), wire=spec.wire, in_flight=spec.in_flight)
+    cut = (cj.by_rows if spec.rows else cj.by_size)(segments)
+    return cj.gossip(pool, table, cut, wire=spec.wire, in_flight=spec.in_flight)
 
 
 def gossip(n: int, spec: Spec) -> cj.Algorithm:

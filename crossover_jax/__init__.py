@@ -11,6 +11,7 @@ from crossover_jax.consensus import check_copies as check_copies
 from crossover_jax.consensus import consensus_distance as consensus_distance
 from crossover_jax.cuts import Cut as Cut
 from crossover_jax.cuts import by_module as by_module
+from crossover_jax.cuts import by_rows as by_rows
 from crossover_jax.cuts import by_size as by_size
 from crossover_jax.cuts import whole as whole
 from crossover_jax.lars import lars as lars

@@ -14,13 +14,21 @@ PyTree = Any
 
 
 class Packing(NamedTuple):
-    """One packed vector: leaves of one dtype, in this order, cut at `bounds`.
+    """Leaves of one dtype: some packed in one vector, in this order, and cut at `bounds`, others cut as they are.
 
     `bounds` has one entry more than there are segments; the last one may lie behind the last element, which is padding.
+    `split` has a leaf, a dimension and how much of it each segment has.
     """
 
     leaves: tuple[int, ...]
     bounds: tuple[int, ...]
+    split: tuple[tuple[int, int, int], ...] = ()
+
+    def pieces(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Of the vector, if there is one, and of each split leaf: the dimension that is cut, and where."""
+        segments = len(self.bounds) - 1
+        cut = [(dimension, tuple(range(0, segments * part + 1, part))) for _, dimension, part in self.split]
+        return [(0, self.bounds)] * bool(self.leaves) + cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +36,14 @@ class Cut:
     """How a tree is divided into `num_segments` parts; made by `whole`, `by_size` and `by_module`.
 
     `segment_of_name` gives the segment of a leaf by its name, "layers/0/kernel"; without it the packed vector is cut
-    into equal parts, at multiples of `align` elements where that pads it by less than 1/64.
+    into equal parts, at multiples of `align` elements where that pads it by less than 1/64. `by_rows` leaves large
+    leaves out of the vector.
     """
 
     num_segments: int
     segment_of_name: Callable[[str], int] | None = None
     align: int = 1024
+    by_rows: bool = False
 
     @property
     def is_equal(self) -> bool:
@@ -53,15 +63,25 @@ class Cut:
             groups.setdefault(leaf.dtype, []).append(i)
         sizes = [_size(leaf) for leaf in leaves]
         if self.segment_of_name is None:
-            return [self._pack_equal(group, sizes) for group in groups.values()]
+            return [self._pack_equal(group, sizes, leaves) for group in groups.values()]
         segments = [self.segment_of_name(name) for name in names]
         return [self._pack_named(group, segments, sizes) for group in groups.values()]
 
-    def _pack_equal(self, group: list[int], sizes: list[int]) -> Packing:
+    def _pack_equal(self, group: list[int], sizes: list[int], leaves: Sequence[Any]) -> Packing:
+        split = {i: d for i in group if (d := self._dimension(np.shape(leaves[i]))) is not None}
+        group = [i for i in group if i not in split]
         size, count = sum(sizes[i] for i in group), self.num_segments
         align = self.align if size >= 64 * count * self.align else 1
         length = -(-size // (count * align)) * align
-        return Packing(tuple(group), tuple(range(0, count * length + 1, length)) if length else (0,) * (count + 1))
+        bounds = tuple(range(0, count * length + 1, length)) if length else (0,) * (count + 1)
+        parts = tuple((i, d, np.shape(leaves[i])[d] // count) for i, d in split.items())
+        return Packing(tuple(group), bounds, parts)
+
+    def _dimension(self, shape: tuple[int, ...]) -> int | None:
+        """The first that segments divide, of a leaf of which each has `align` elements."""
+        if not self.by_rows or np.prod(shape, dtype=int) < self.num_segments * self.align:
+            return None
+        return next((d for d, length in enumerate(shape) if length % self.num_segments == 0), None)
 
     def _pack_named(self, group: list[int], segments: list[int], sizes: list[int]) -> Packing:
         lengths = np.zeros(self.num_segments, int)
@@ -87,6 +107,9 @@ class Cut:
                 leaf = segments[moving[i]]
                 leaf[...] = of_element[start : start + leaf.size].reshape(leaf.shape)
                 start += leaf.size
+            for i, d, part in packing.split:
+                of_row = np.repeat(np.arange(self.num_segments), part)
+                segments[moving[i]][...] = np.expand_dims(of_row, [*range(d), *range(d + 1, segments[moving[i]].ndim)])
         return treedef.unflatten(segments)
 
 
@@ -113,6 +136,21 @@ def by_size(num_segments: int, *, align: int = 1024) -> Cut:
     if align < 1:
         raise ValueError(f"`align` must be at least 1, got {align}.")
     return Cut(num_segments, align=align)
+
+
+def by_rows(num_segments: int, *, align: int = 1024) -> Cut:
+    """`num_segments` equal segments, each with an equal part of every large leaf: an exchange without packing.
+
+    A leaf of at least `align` elements per segment is cut along its first dimension that `num_segments` divides; all
+    others are packed and cut `by_size`. So messages are taken from the leaves, and averages written back to them, with
+    one pass over the model less on either side than `by_size`, and with `in_flight=k` little more memory than those
+    messages. Raises `ValueError` for fewer than one segment or element.
+
+    >>> cut = by_rows(2, align=2)
+    >>> cut.segment_of({"w": np.zeros((4, 2)), "b": np.zeros(3)})["w"].tolist()
+    [[0, 0], [0, 0], [1, 1], [1, 1]]
+    """
+    return dataclasses.replace(by_size(num_segments, align=align), by_rows=True)
 
 
 def by_module(tree: PyTree, depth: int | Callable[[str], str] = 1) -> Cut:

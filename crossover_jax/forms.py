@@ -1,10 +1,10 @@
-"""The compiled forms of an exchange of one packed vector; the only `ppermute`.
+"""The compiled forms of an exchange; the only `ppermute`.
 
 Channels: every round is a permute, and a table that chooses at run time chooses which segments travel on it. Switch:
 every segment chooses among permutes. Index: one device holds all workers and reads what would have been sent.
 """
 
-import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -30,98 +30,150 @@ def _wrapped(step: Array, period: int) -> Array:
     return step % period
 
 
-# A channel: a round and the segments that travel on it, (start, length); starts are traced where the table decides.
+# What an exchange works on: arrays that are cut, and of each the dimension along which, and where: [segments + 1].
+Pieces = Sequence[tuple[int, tuple[int, ...]]]
+# A channel: a round and the segments that travel on it, (first, how many); traced where the table decides.
 Channels = Sequence[tuple[int, Sequence[tuple[Any, int]]]]
 
 
-def static_channels(row: np.ndarray, bounds: tuple[int, ...]) -> Channels:
+def static_channels(row: np.ndarray) -> Channels:
     """Neighbours that share a round travel as one."""
     at = [np.flatnonzero(row == p) for p in np.unique(row[row >= 0])]
     runs = [np.split(s, np.flatnonzero(np.diff(s) > 1) + 1) for s in at]
-    return [(int(row[r[0][0]]), [(bounds[s[0]], bounds[s[-1] + 1] - bounds[s[0]]) for s in r]) for r in runs]
+    return [(int(row[r[0][0]]), [(int(s[0]), len(s)) for s in r]) for r in runs]
 
 
-def traced_channels(table: Table, step: Any, bounds: tuple[int, ...]) -> Channels:
+def traced_channels(table: Table, step: Any) -> Channels:
     rounds, uses = np.unique(table[0][table[0] >= 0], return_counts=True)
     at_home = table.shape[1] - uses.sum()
     by_round = np.argsort(table, axis=1, kind="stable")[:, at_home:].astype(np.int32)
-    length = bounds[1] - bounds[0]
-    starts = jnp.asarray(by_round)[_wrapped(step, len(table))] * length
-    parts = iter([(starts[i], length) for i in range(by_round.shape[1])])
+    segments = jnp.asarray(by_round)[_wrapped(step, len(table))]
+    parts = iter([(segments[i], 1) for i in range(by_round.shape[1])])
     return [(p, [next(parts) for _ in range(n)]) for p, n in zip(rounds.tolist(), uses.tolist(), strict=True)]
 
 
 def by_channels(
-    flat: Array, channels: Channels, pool: Pool, axis: str, wire: str | None, in_flight: int | None = None
-) -> Array:
+    arrays: list[Array],
+    pieces: Pieces,
+    channels: Channels,
+    pool: Pool,
+    axis: str,
+    wire: str | None,
+    in_flight: int | None = None,
+) -> list[Array]:
     """Groups of `in_flight` channels (None: of all) one after the other; in a group no message waits for another."""
     size = in_flight or len(channels) or 1
     for first in range(0, len(channels), size):
-        flat = _exchanged(flat, channels[first : first + size], pool, axis, wire)
-    return flat
+        arrays = _exchanged(arrays, pieces, channels[first : first + size], pool, axis, wire)
+    return arrays
 
 
-def _exchanged(flat: Array, channels: Channels, pool: Pool, axis: str, wire: str | None) -> Array:
+def _exchanged(
+    arrays: list[Array], pieces: Pieces, channels: Channels, pool: Pool, axis: str, wire: str | None
+) -> list[Array]:
     """All segments leave before any is written back.
 
-    The barriers keep what left and what arrived alive, and no more: without them the TPU compiler holds `flat` while
-    messages arrive and makes room for the result before the last is averaged, 2.8 to 5.1 models (tests/test_memory.py).
+    The barriers keep what left and what arrived alive, and no more: without them the TPU compiler holds the arrays
+    while messages arrive and makes room for the result before the last is averaged, 2.8 to 5.1 models
+    (tests/test_memory.py).
     """
-    sent = lax.optimization_barrier([_taken(flat, segments) for _, segments in channels])
+    sent = lax.optimization_barrier([_taken(arrays, pieces, segments) for _, segments in channels])
     received = [_received(x, pool, p, axis, wire) for x, (p, _) in zip(sent, channels, strict=True)]
     sent, received = lax.optimization_barrier((sent, received))
     shares = [_shares(pool, p, axis) for p, _ in channels]
     own = [said(x, wire) for x in sent]
     mixed = [_averaged(*each) for each in zip(sent, own, received, shares, strict=True)]
-    if sum(x.size for x in mixed) == flat.size:  # nothing stays at home, so `flat` itself is not needed any more
+    if sum(x.size for x in mixed) == sum(x.size for x in arrays):  # nothing stays at home: they are not needed any more
         mixed = lax.optimization_barrier(mixed)
-        flat = jnp.zeros_like(flat)
+        arrays = [jnp.zeros_like(x) for x in arrays]
     for (_, segments), x in zip(channels, mixed, strict=True):
-        ends = np.cumsum([length for _, length in segments])
-        for (start, _), part in zip(segments, jnp.split(x, ends[:-1]), strict=True):
-            flat = lax.dynamic_update_slice(flat, part, (start,))
-    return flat
+        arrays = _put(arrays, pieces, segments, x)
+    return arrays
 
 
-def _taken(flat: Array, segments: Sequence[tuple[Any, int]]) -> Array:
-    parts = [lax.dynamic_slice(flat, (start,), (length,)) for start, length in segments]
+def _taken(arrays: list[Array], pieces: Pieces, segments: Sequence[tuple[Any, int]]) -> Array:
+    """The parts of all arrays that segments are made of, in one vector."""
+    parts = [
+        _slice(x, *_place(bounds, first, count), d).reshape(-1)
+        for first, count in segments
+        for x, (d, bounds) in zip(arrays, pieces, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
+def _slice(x: Array, start: Any, length: int, dimension: int) -> Array:
+    if isinstance(start, int):
+        return lax.slice_in_dim(x, start, start + length, axis=dimension)
+    return lax.dynamic_slice_in_dim(x, start, length, dimension)
+
+
+def _put(arrays: list[Array], pieces: Pieces, segments: Sequence[tuple[Any, int]], vector: Array) -> list[Array]:
+    """The arrays with a vector written where it was `_taken` from."""
+    arrays, at = list(arrays), 0
+    for first, count in segments:
+        for i, (d, bounds) in enumerate(pieces):
+            start, length = _place(bounds, first, count)
+            shape = (*arrays[i].shape[:d], length, *arrays[i].shape[d + 1 :])
+            part = vector[at : at + math.prod(shape)].reshape(shape)
+            arrays[i] = lax.dynamic_update_slice_in_dim(arrays[i], part, start, d)
+            at += part.size
+    return arrays
+
+
+def _place(bounds: tuple[int, ...], first: Any, count: int) -> tuple[Any, int]:
+    """Where segments begin, and how long they are; which they are is traced only where all are equally long."""
+    if isinstance(first, int):
+        return bounds[first], bounds[first + count] - bounds[first]
+    return first * bounds[1], count * bounds[1]
+
+
 def by_switch(
-    flat: Array, bounds: tuple[int, ...], row: Array, table: Table, pool: Pool, axis: str, wire: str | None
-) -> Array:
+    arrays: list[Array], pieces: Pieces, row: Array, table: Table, pool: Pool, axis: str, wire: str | None
+) -> list[Array]:
     def mix_round(p: int, x: Array) -> Array:
         if p < 0:
             return x
         return _averaged(x, said(x, wire), _received(x, pool, p, axis, wire), _shares(pool, p, axis))
 
-    parts = []
+    mixed = []
     for s in range(table.shape[1]):
-        part = flat[bounds[s] : bounds[s + 1]]
         rounds = np.unique(table[:, s])  # only what this segment ever takes is compiled into its switch
         branches = [partial(mix_round, p) for p in rounds.tolist()]
-        parts.append(lax.switch(jnp.searchsorted(rounds.astype(np.int32), row[s]), branches, part))
-    return jnp.concatenate(parts)
+        part = _taken(arrays, pieces, [(s, 1)])
+        mixed.append(lax.switch(jnp.searchsorted(rounds.astype(np.int32), row[s]), branches, part))
+    return _joined(arrays, pieces, mixed)
 
 
-def by_index(flat: Array, bounds: tuple[int, ...], row: Array, pool: Pool, axis: str, wire: str | None) -> Array:
+def by_index(arrays: list[Array], pieces: Pieces, row: Array, pool: Pool, axis: str, wire: str | None) -> list[Array]:
     """The same exchange where one device holds all workers: nothing is sent, everybody reads what he would have got.
 
     Batching `ppermute` would do too, but on a CPU it reads element by element, and here whole segments are read
     (benchmarks/simulated_exchange.py).
     """
-    parts = [flat[start:end] for start, end in itertools.pairwise(bounds)]
+    parts = [_taken(arrays, pieces, [(s, 1)]) for s in range(len(row))]
     own = [said(x, wire) for x in parts]
     everyone, me = lax.all_gather(jnp.concatenate(own), axis), lax.axis_index(axis)
     round_ = jnp.maximum(row, 0)
-    share = jnp.asarray(pool.share, widened(flat.dtype))[round_, :, me]
+    share = jnp.asarray(pool.share, widened(parts[0].dtype))[round_, :, me]
     sources = jnp.asarray(pool.receive_from)[round_, :, me]
-    mixed = []
-    for s, (start, end) in enumerate(itertools.pairwise(bounds)):
+    mixed, end = [], 0
+    for s, part in enumerate(parts):
+        start, end = end, end + part.size
         received = [jnp.take(everyone[:, start:end], j, axis=0, mode="clip") for j in sources[s]]
-        mixed.append(jnp.where(row[s] < 0, parts[s], _averaged(parts[s], own[s], received, share[s])))
-    return jnp.concatenate(mixed)
+        mixed.append(jnp.where(row[s] < 0, part, _averaged(part, own[s], received, share[s])))
+    return _joined(arrays, pieces, mixed)
+
+
+def _joined(arrays: list[Array], pieces: Pieces, vectors: list[Array]) -> list[Array]:
+    """The arrays that are made of all segments, each a vector as it was `_taken`."""
+    parts: list[list[Array]] = [[] for _ in arrays]
+    for s, vector in enumerate(vectors):
+        at = 0
+        for i, (d, bounds) in enumerate(pieces):
+            shape = (*arrays[i].shape[:d], bounds[s + 1] - bounds[s], *arrays[i].shape[d + 1 :])
+            parts[i].append(vector[at : at + math.prod(shape)].reshape(shape))
+            at += math.prod(shape)
+    return [jnp.concatenate(own, d) for own, (d, _) in zip(parts, pieces, strict=True)]
 
 
 def is_simulated(axis: str) -> bool:

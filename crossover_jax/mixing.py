@@ -15,8 +15,17 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Integer
 
-from crossover_jax.cuts import Cut, Packing, flatten, travels, widened
-from crossover_jax.forms import by_channels, by_index, by_switch, is_simulated, row_at, static_channels, traced_channels
+from crossover_jax.cuts import Cut, flatten, travels, widened
+from crossover_jax.forms import (
+    Pieces,
+    by_channels,
+    by_index,
+    by_switch,
+    is_simulated,
+    row_at,
+    static_channels,
+    traced_channels,
+)
 from crossover_jax.inner import on_parts
 from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.tables import Table
@@ -103,19 +112,19 @@ def exchange(
         check_axis(axis, pool.num_workers)
         traced = () if isinstance(step, int | np.integer) else (step,)
 
-        def mix_packed(flat: Array, packing: Packing, *traced: Array) -> Array:
+        def mix_packed(arrays: list[Array], pieces: Pieces, *traced: Array) -> list[Array]:
             now = traced[0] if traced else step
             fixed = table[0 if traced else int(step) % len(table)] if not traced or _is_constant(table) else None
             if fixed is None and not is_channels(table, cut):
                 _check_same_step(now, axis)
             if is_simulated(axis):
                 row = row_at(table, now) if fixed is None else jnp.asarray(fixed)
-                return by_index(flat, packing.bounds, row, pool, axis, wire)
+                return by_index(arrays, pieces, row, pool, axis, wire)
             if fixed is not None:
-                return by_channels(flat, static_channels(fixed, packing.bounds), pool, axis, wire, in_flight)
+                return by_channels(arrays, pieces, static_channels(fixed), pool, axis, wire, in_flight)
             if is_channels(table, cut):
-                return by_channels(flat, traced_channels(table, now, packing.bounds), pool, axis, wire, in_flight)
-            return by_switch(flat, packing.bounds, row_at(table, now), table, pool, axis, wire)
+                return by_channels(arrays, pieces, traced_channels(table, now), pool, axis, wire, in_flight)
+            return by_switch(arrays, pieces, row_at(table, now), table, pool, axis, wire)
 
         return map_packed(mix_packed, tree, cut, axis, where, specs, *traced)
 
@@ -226,7 +235,7 @@ def chain(*mixes: Mix) -> Mix:
 
 
 def map_packed(
-    function: Callable[..., Array],
+    function: Callable[..., list[Array]],
     tree: PyTree,
     cut: Cut,
     axis: str,
@@ -234,23 +243,30 @@ def map_packed(
     specs: PyTree,
     *shared: Array,
 ) -> PyTree:
-    """Apply `function(flat, packing, *shared)` to the packed vectors of the leaves that travel."""
+    """Apply `function(arrays, pieces, *shared)` to what travels: a packed vector, and leaves cut as they are."""
 
     def on_packed(names: list[str], parts: list[Array], *shared: Array) -> list[Array]:
         parts = [vary(part, axis) for part in parts]
         for packing in cut.packings(names, parts):
-            pieces = [parts[i].reshape(-1) for i in packing.leaves]
-            pieces.append(jnp.zeros(packing.bounds[-1] - sum(x.size for x in pieces), pieces[0].dtype))
-            pieces = [x for x in pieces if x.size] or pieces[:1]  # at an empty one XLA:CPU may end the process
-            flat = function(jnp.concatenate(pieces), packing, *shared)
-            start = 0
+            as_they_are = [i for i, *_ in packing.split]
+            packed = [_packed([parts[i] for i in packing.leaves], packing.bounds[-1])] if packing.leaves else []
+            arrays = function(packed + [parts[i] for i in as_they_are], packing.pieces(), *shared)
+            flat, start = arrays[0], 0
             for i in packing.leaves:
                 size, shape = parts[i].size, parts[i].shape
                 parts[i] = flat[start : start + size].reshape(shape)
                 start += size
+            for i, array in zip(as_they_are, arrays[len(packed) :], strict=True):
+                parts[i] = array
         return parts
 
     return _map_parts(on_packed, tree, axis, where, specs, *shared)
+
+
+def _packed(leaves: list[Array], length: int) -> Array:
+    pieces = [x.reshape(-1) for x in leaves]
+    pieces.append(jnp.zeros(length - sum(x.size for x in pieces), pieces[0].dtype))
+    return jnp.concatenate([x for x in pieces if x.size] or pieces[:1])  # at an empty one XLA:CPU may end the process
 
 
 def _map_parts(

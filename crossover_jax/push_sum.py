@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import Array
 
 from crossover_jax.algorithms import Algorithm
-from crossover_jax.cuts import Cut, Packing, widened
-from crossover_jax.forms import row_at
+from crossover_jax.cuts import Cut, widened
+from crossover_jax.forms import Pieces, row_at
 from crossover_jax.mixing import Step, check_axis, exchange, map_packed
 from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.tables import Table
@@ -107,11 +107,14 @@ def unbias(
     Reference: Stochastic Gradient Push, arXiv:1811.10792, Algorithm 1.
     """
 
-    def divide_packed(flat: Array, packing: Packing, weights: Array) -> Array:
-        wide = widened(flat.dtype)
-        own = weights[:, lax.axis_index(axis)].astype(wide)
-        scale = jnp.repeat(own, np.diff(packing.bounds), total_repeat_length=packing.bounds[-1])
-        return (flat.astype(wide) / scale).astype(flat.dtype)
+    def divide_packed(arrays: list[Array], pieces: Pieces, weights: Array) -> list[Array]:
+        own, divided = weights[:, lax.axis_index(axis)], []
+        for x, (d, bounds) in zip(arrays, pieces, strict=True):
+            wide = widened(x.dtype)
+            scale = jnp.repeat(own.astype(wide), np.diff(bounds), total_repeat_length=bounds[-1])
+            scale = jnp.expand_dims(scale, [*range(d), *range(d + 1, x.ndim)])
+            divided.append((x.astype(wide) / scale).astype(x.dtype))
+        return divided
 
     def divide(tree: PyTree, weights: Array) -> PyTree:
         check_axis(axis)

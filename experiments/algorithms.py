@@ -15,13 +15,15 @@ from experiments import models
 PyTree = Any
 
 
+CUTS = {"size": cj.by_size, "rows": cj.by_rows}
 POOLS = {"latin": cj.latin, "balanced": cj.balanced, "derangements": cj.derangements}
 
 
 def make_cut(c: ml_collections.ConfigDict, num_workers: int, params: PyTree) -> cj.Cut | None:
     """How the algorithm of `config.algorithm` divides the model; None if it does not."""
     if c.name == "crossover":
-        return cj.by_size(c.segments or c.pool_size or pool_size(num_workers))
+        require_known("config.algorithm.cut", c.cut, CUTS)
+        return CUTS[c.cut](c.segments or c.pool_size or pool_size(num_workers))
     if c.name == "crossover_phases":
         return cj.by_size(cj.exponential(num_workers).num_rounds)
     if c.name in ("crossover_paper", "crossover_no_balance"):

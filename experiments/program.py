@@ -113,6 +113,8 @@ def describe_leaves(params: PyTree, cut: Cut | None) -> list[str]:
             first, last = np.searchsorted(packing.bounds[1:-1], inside, side="right")
             which = f"segment {first}" if first == last else f"segments {first} to {last}"
             names[i] += f" ({which} of {cut.num_segments})"
+        for i, *_ in packing.split:
+            names[i] += f" (a part in each of {cut.num_segments} segments)"
     return names
 
 

@@ -436,6 +436,25 @@ def test_push_sum_is_numpys_on_a_pool_that_keeps_only_mass_with_decay_on_the_unb
     np.testing.assert_allclose(state[1].weights[0], weights, rtol=1e-5)
 
 
+def test_push_sum_divides_each_row_by_the_weight_of_its_segment():
+    """A matrix whose columns are cut is as many vectors that are cut."""
+    pool, table = cj.pull(WORKERS, 4, seed=5).transpose(), cj.sample(3, 4, seed=1)
+    x = np.random.default_rng(0).normal(size=(WORKERS, 4, 9)).astype(np.float32)
+
+    def model(x, cut):
+        algorithm = cj.push_sum(optax.sgd(0.1), pool, table, cut)
+        step = cj.per_worker(lambda x, s, t: algorithm.update(algorithm.model(x, s) - 1, s, x, t), WORKERS, (2,))
+        state = cj.copies(algorithm.init(jnp.asarray(x[0])), WORKERS)
+        now = jnp.asarray(x)
+        for t in range(5):
+            now, state = step(now, state, jnp.int32(t))
+        return cj.per_worker(algorithm.model, WORKERS)(now, state)
+
+    found = model(x, cj.by_rows(3, align=1))
+    for row in range(4):
+        np.testing.assert_allclose(found[:, row], model(x[:, row], cj.by_size(3)), rtol=1e-5, atol=1e-6)
+
+
 def test_push_sum_reaches_the_true_average_where_plain_mixing_does_not():
     tree = workers_apart()
     biased, model = mixed_only("push_sum", 80, tree)

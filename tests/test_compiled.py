@@ -38,11 +38,11 @@ def loss(params, x):
     return jnp.mean(x**2)
 
 
-def compiled_step(pool, devices, *, during, in_flight=None):
+def compiled_step(pool, devices, *, during, in_flight=None, cut=cj.by_size):
     """The compiled train step of a stack of matrices on one worker per chip."""
     n = len(devices)
     mesh = cj.make_mesh(n, devices=devices)
-    segments = cj.by_size(pool.num_rounds)
+    segments = cut(pool.num_rounds)
     algorithm = cj.crossover_sgd(
         optax.sgd(0.1, momentum=0.9), n, pool=pool, cut=segments, during=during, in_flight=in_flight
     )
@@ -71,19 +71,22 @@ def test_pools_alike_in_every_slice_compile_for_four_slices_without_a_conditiona
 
 
 @pytest.mark.parametrize(
-    ("pool", "slices"),
+    ("pool", "slices", "cut"),
     [
-        (lambda n: cj.latin(n, 5), 1),  # within a slice libtpu has five permutes in flight, the sixth follows the first
-        (POOLS["exponential"], 1),
-        (POOLS["latin"], 4),
-        (POOLS["exponential"], 4),
-        (POOLS["ring"], 4),
-        (POOLS["latin"], 8),
+        # Within a slice libtpu has five permutes in flight, the sixth follows the first.
+        (lambda n: cj.latin(n, 5), 1, cj.by_size),
+        (lambda n: cj.latin(n, 4), 1, cj.by_rows),
+        (POOLS["exponential"], 1, cj.by_size),
+        (POOLS["latin"], 4, cj.by_size),
+        (POOLS["latin"], 4, cj.by_rows),
+        (POOLS["exponential"], 4, cj.by_size),
+        (POOLS["ring"], 4, cj.by_size),
+        (POOLS["latin"], 8, cj.by_size),
     ],
 )
-def test_mixing_during_the_step_sends_before_the_first_matmul_and_is_done_after_the_last(pool, slices):
+def test_mixing_during_the_step_sends_before_the_first_matmul_and_is_done_after_the_last(pool, slices, cut):
     devices = chips(slices)
-    order = schedule(compiled_step(pool(len(devices)), devices, during=True).as_text())
+    order = schedule(compiled_step(pool(len(devices)), devices, during=True, cut=cut).as_text())
     matmuls = [i for i, op in enumerate(order) if op == "matmul"]
     starts = [i for i, op in enumerate(order) if op in ("send", "recv", "collective-permute-start")]
     dones = [i for i, op in enumerate(order) if op in ("send-done", "recv-done", "collective-permute-done")]

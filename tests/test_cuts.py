@@ -79,3 +79,16 @@ def test_mistakes_are_one_sentence():
         cj.by_module({}, 0)
     with pytest.raises(ValueError, match=r"elements that travel \(from each device\), 3, got 4"):
         cj.by_size(4).segment_of(shapes(a=(3,)))
+
+
+def test_rows_are_cut_along_the_first_dimension_that_segments_divide_and_small_leaves_are_packed():
+    tree = {"bias": np.zeros(5), "kernel": np.zeros((3, 8, 5)), "matrix": np.zeros((12, 4)), "odd": np.zeros((7, 3))}
+    found = cj.by_rows(4, align=5).segment_of(tree)
+    np.testing.assert_array_equal(found["matrix"], np.repeat([0, 1, 2, 3], 3)[:, None].repeat(4, 1))
+    np.testing.assert_array_equal(found["kernel"], np.tile(np.repeat([0, 1, 2, 3], 2)[None, :, None], (3, 1, 5)))
+    # 26 elements are packed, 7 to a segment.
+    np.testing.assert_array_equal(found["bias"], [0] * 5)
+    np.testing.assert_array_equal(found["odd"].reshape(-1), np.arange(5, 26) // 7)
+    assert cj.by_rows(4, align=1024).packings(list(tree), list(tree.values())) == cj.by_size(4).packings(
+        list(tree), list(tree.values())
+    )

@@ -75,9 +75,10 @@ def test_sharding_inside_a_worker_changes_nothing(inside, pool, cut):
     assert run._cache_size() == 1
 
 
-def test_by_size_cuts_each_devices_part():
+@pytest.mark.parametrize("cut", [cj.by_size(3), cj.by_rows(3, align=4)], ids=["by_size", "by_rows"])
+def test_equal_cuts_are_of_each_devices_part(cut):
     """Elements belong to other segments than without sharding: to those of the device's own part."""
-    mesh, cut, pool = mesh_of(), cj.by_size(3), cj.latin(WORKERS, 3)
+    mesh, pool = mesh_of(), cj.latin(WORKERS, 3)
     table, specs = cj.shuffle(3, 3), {"big": P("a", "b")}
     x = np.random.default_rng(0).normal(size=(WORKERS, 12, 8)).astype(np.float32)
     mix = cj.gossip(pool, table, cut, specs={"big": P("a", "b")})

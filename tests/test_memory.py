@@ -19,7 +19,7 @@ ODD = [(4099, 4096), (4097,)] * 8  # no leaf, and no segment, begins where a til
 ONE_SLICE, PODS = ("v5e:4x4", 1), ("v5e:2x4", 4)
 
 
-def temporaries(where, workers, rounds, shapes, specs, dtype, table=None, in_flight=None):
+def temporaries(where, workers, rounds, shapes, specs, dtype, table=None, in_flight=None, cut=cj.by_size):
     """Bytes of temporaries per device, divided by its part of the parameters."""
     topology, slices = where
     several = {"num_slices": slices} if slices > 1 else {}
@@ -30,7 +30,7 @@ def temporaries(where, workers, rounds, shapes, specs, dtype, table=None, in_fli
     scale = 1 if specs is None else inner
     leaves = [jax.ShapeDtypeStruct((workers, scale * n, *rest), dtype, sharding=sharding) for n, *rest in shapes]
     table = cj.shuffle(rounds, rounds) if table is None else table
-    mix = cj.gossip(cj.latin(workers, rounds), table, cj.by_size(table.shape[1]), specs=specs, in_flight=in_flight)
+    mix = cj.gossip(cj.latin(workers, rounds), table, cut(table.shape[1]), specs=specs, in_flight=in_flight)
     step = cj.per_worker(mix, mesh, replicated=(1,), out_specs=specs)
     t = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     memory = step.lower(leaves, t).compile().memory_analysis()
@@ -67,3 +67,10 @@ def test_half_of_the_segments_need_half_of_the_messages_beside_the_packed_model(
 @pytest.mark.parametrize(("in_flight", "limit"), [(1, 1.3), (2, 1.6), (3, 1.8)])
 def test_fewer_channels_in_flight_need_less_beside_the_packed_model(in_flight, limit):
     assert temporaries(ONE_SLICE, 16, 8, ODD, None, jnp.float32, in_flight=in_flight) < limit
+
+
+@pytest.mark.parametrize(("where", "workers"), [(ONE_SLICE, 16), (PODS, 32)], ids=["a slice", "four slices"])
+@pytest.mark.parametrize(("in_flight", "limit"), [(None, 2.7), (1, 0.4), (2, 0.75)])
+def test_where_nothing_is_packed_little_more_is_needed_than_the_messages(where, workers, in_flight, limit):
+    """Of eight channels two eighths of the model for each that is under way, and what comes from two kinds of links."""
+    assert temporaries(where, workers, 8, EVEN, None, jnp.float32, in_flight=in_flight, cut=cj.by_rows) < limit

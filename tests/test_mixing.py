@@ -355,6 +355,30 @@ def test_repeat_takes_the_next_rounds_of_the_table():
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), got, twice)
 
 
+ROWS = {"kernel": (3, 8, 5), "matrix": (12, 4), "vector": (40,), "odd": (7, 3), "bias": (5,), "scalar": ()}
+TABLES = {"channels": cj.shuffle(4, 4, seed=1), "switch": cj.sample(4, 4, seed=1), "stream": cj.stream(4, 2, every=2)}
+
+
+@pytest.mark.parametrize("options", [{}, {"in_flight": 1}, {"in_flight": 3}, {"wire": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("form", TABLES)
+def test_rows_of_every_large_leaf_travel_with_their_segment(form, options):
+    rng, cut, table = np.random.default_rng(0), cj.by_rows(4, align=5), TABLES[form]
+    tree = {name: rng.normal(size=(8, *shape)).astype(np.float32) for name, shape in ROWS.items()}
+    pool = cj.latin(8, int(table.max()) + 1)
+    mix = cj.gossip(pool, table, cut, **options)
+    assert is_channels(table, cut) == (form != "switch")
+    for step in (0, 3):
+        said = said_in(options["wire"], tree) if "wire" in options else tree
+        mixed = mixed_by_matrices(said, step, pool, table, cut)
+        expected = jax.tree.map(lambda x, q, m: x + (m - q), tree, said, mixed)
+        for where in places(8).values():
+            got = run(mix, where, tree, step)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), got, expected)
+    static = cj.per_worker(lambda tree: mix(tree, 3), places(8)["mesh"], donate=False)
+    placed = jax.device_put(tree, NamedSharding(places(8)["mesh"], P("worker")))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), static(placed), expected)
+
+
 @pytest.mark.parametrize("wire", [None, "int8"])
 @pytest.mark.parametrize("table", [cj.shuffle(12, 4, seed=1), cj.stream(12, 4, every=2)], ids=["all", "some at home"])
 @pytest.mark.parametrize("in_flight", [1, 3, 4, 9])

@@ -17,6 +17,7 @@ CANDIDATES = {
     "one round in bfloat16": {"wire": "bfloat16"},  # half the bytes
     "phases": {"name": "crossover_phases"},
     "three rounds in int8": {"rounds": 3, "wire": "int8"},  # 0.76 of the bytes
+    "rows": {"cut": "rows", "pool_size": 14},  # segments of rows of the large matrix, which 14 divides
     "three rounds in int8 to a reference": {"rounds": 3, "wire": "int8", "renew": 50},  # 0.80 of the bytes
     "two rounds and momentum in int8": {"rounds": 2, "momentum_rounds": 1, "wire": "int8"},  # 0.76 of the bytes
 }

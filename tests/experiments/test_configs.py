@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 
 from experiments import data, figures, preflight, sweep, train
-from experiments.configs import cifar10_resnet, fashion_mnist_study
+from experiments.configs import cifar10_resnet, fashion_mnist, fashion_mnist_study
 from experiments.program import check_settings, make_program, place_workers, wire_bytes_per_step
 from tests.experiments import stand_ins
 
@@ -162,3 +162,20 @@ def test_a_study_or_an_arm_that_there_is_not_is_refused_with_those_that_there_ar
         fashion_mnist_study.get_config("gaps/crossover")
     with pytest.raises(ValueError, match=r"must be among allreduce, .* got 'crossing'"):
         fashion_mnist_study.get_config("gap/crossing")
+
+
+def test_rows_and_a_reference_are_as_the_config_says():
+    config = fashion_mnist.get_config()
+    config.num_workers, config.simulate, config.model.name, config.model.options = 8, "yes", "mlp", {"hidden": (256,)}
+    config.algorithm.update(cut="rows", segments=7, pool_size=7, renew=10, in_flight=2)
+    check_settings(config)
+    dataset = data.describe("fashion_mnist")
+    program = make_program(config, dataset, place_workers(config, jax.devices()[:1]), 100)
+    described = [leaf for leaf in program.leaves if "(a part in each of 7 segments)" in leaf]
+    assert [leaf.split()[0].split("/")[-1] for leaf in described] == ["kernel"]  # 784 rows; 256 and 10 are not divided
+    size = sum(x.size for x in jax.tree.leaves(program.shapes.params))
+    sent = wire_bytes_per_step(program.algorithm, program.shapes.params, config)
+    assert sent == pytest.approx(4 * size * (1 + 2 * 7 / 8 / 10), rel=1e-3)
+    config.algorithm.cut = "columns"
+    with pytest.raises(ValueError, match=re.escape("`config.algorithm.cut` must be one of size, rows, got 'columns'")):
+        make_program(config, dataset, place_workers(config, jax.devices()[:1]), 100)
