@@ -143,7 +143,9 @@ def mix_relative(
     renewed = every(renew, lambda pair, step: (pair[0], mean(pair[0], step)), axis)
 
     def init(params):
-        return RelativeState(optimizer.init(params), params)
+        # A buffer of its own: a loop that donates parameters and state would donate theirs twice.
+        reference = jax.tree.map(lambda x: jnp.copy(x) if travels(x) else x, params)
+        return RelativeState(optimizer.init(params), reference)
 
     def update(grads, state, params, step, **extra):
         updates, inner = optimizer.update(grads, state.optimizer, params, **extra)

@@ -383,6 +383,15 @@ def test_differences_to_a_reference_mix_like_the_parameters_and_in_int8_to_a_clo
     np.testing.assert_allclose(fine.sum(0), x.sum(0), atol=1e-4)
 
 
+def test_a_reference_may_be_donated_beside_the_parameters():
+    x = jnp.ones((1, 3))
+    algorithm = cj.mix_relative(optax.sgd(0.1), cj.chain(), renew=2)
+    step = cj.per_worker(lambda s: algorithm.update(s[0], s[1], s[0], 0), 1)
+    params, state = step((x, algorithm.init(x)))
+    assert params.tolist() == [[pytest.approx(0.9)] * 3]
+    assert state.reference.tolist() == [[1.0] * 3]
+
+
 def test_a_reference_leaves_what_stays_at_home_as_it_is():
     x = {"w": np.random.default_rng(0).normal(size=(WORKERS, 24)).astype(np.float32)}
     halves = cj.gossip(cj.latin(WORKERS, 1), np.array([[0, -1]]), cj.by_size(2))
