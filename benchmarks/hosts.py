@@ -10,6 +10,7 @@ however it ends: nothing on the machine's own network is touched, and nothing is
 import argparse
 import contextlib
 import ctypes
+import json
 import os
 import pathlib
 import re
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 INSIDE = "CROSSOVER_JAX_LABORATORY"  # set for the process that holds the bridge
 NEEDED = ("unshare", "nsenter", "ip", "tc", "mount", "hostname")
@@ -41,6 +43,7 @@ QUEUED, PACKET = 1 / 2, 1 / 4
 # A connection that was idle goes on as fast as it was. Those of gossip are idle most of the time, each used in one
 # round of many: starting slowly again, the kernel's default, made rounds of 0.87 s take 0.91 (permutes.py).
 AFTER_IDLE = 0
+BURST_S = 0.01  # how long the kernel may not get to a link without loss, where JAX runs on the hosts
 ENDS = ("out", "err")
 NETWORK = "10.99.0.0/24"
 MAX_HOSTS = 250
@@ -140,6 +143,19 @@ def run(
                 host.kill()
                 host.wait()
             _ip("link del bridge0")  # the links went with their hosts
+
+
+def run_self(num_hosts: int, rate: str, bytes_per_second: float, **settings: Any) -> list[Any]:
+    """`enter`, then `run` this very command on every host, with `--host i` behind it: JAX on CPUs.
+
+    What the last line of each says as JSON. XLA has as many threads on each host as the machine has cores.
+    """
+    enter()
+    commands = [[sys.executable, *sys.argv, "--host", str(i)] for i in range(num_hosts)]
+    burst = max(BURST, int(BURST_S * bytes_per_second))
+    env = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    said = run(commands, rate=rate, burst=burst, env=env, timeout=3600, **settings)
+    return [json.loads(text.splitlines()[-1]) for text in said]
 
 
 def sent_bytes() -> int:

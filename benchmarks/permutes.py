@@ -17,7 +17,7 @@ One process per host on Gloo (`hosts.py`) with a vector of `--params` numbers, a
 
 Steps of all arms alternate, each after a barrier; a step takes as long as its slowest host, and the figure is their
 median. The limit is payload / rate, or beside products what `products` takes, if that is longer; the ratios to it are
-the median's, the shortest step's and the longest's. What a link sends in 10 ms passes at once (`scaling.py`).
+the median's, the shortest step's and the longest's. What a link sends in 10 ms passes at once.
 
 `--queued` is what a connection may queue on its card, by default half of what passes at once; Linux 6.18 has 4 MB. With
 `--after_idle 1`, the kernel's default, a connection that was idle starts slowly again. The CSV says what the kernel
@@ -48,7 +48,6 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from scaling import BURST_S
 
 import crossover_jax as cj
 from crossover_jax.plan import as_table, bits_per_second
@@ -142,20 +141,13 @@ def main(argv: Sequence[str]) -> None:
         if args.host is not None:
             on_host(args, arms)
             return
-        hosts.enter()
-        tcp = dict(zip(TCP, (args.queued, args.after_idle), strict=True))
-        said = hosts.run(
-            [[sys.executable, __file__, *argv, "--host", str(i)] for i in range(args.hosts)],
-            rate=args.rate,
-            burst=max(hosts.BURST, int(BURST_S * bits_per_second(args.rate) / 8)),
-            congestion=args.congestion,
-            tcp={name: value for name, value in tcp.items() if value is not None},
-            env={"JAX_PLATFORMS": "cpu", "NPROC": "16", "OMP_NUM_THREADS": "1"},  # as in scaling.py
-            timeout=3600,
-        )
+        asked = zip(TCP, (args.queued, args.after_idle), strict=True)
+        tcp = {name: value for name, value in asked if value is not None}
+        bytes_per_second = bits_per_second(args.rate) / 8
+        said = hosts.run_self(args.hosts, args.rate, bytes_per_second, congestion=args.congestion, tcp=tcp)
     except (hosts.Missing, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    rows = summary([json.loads(text.splitlines()[-1]) for text in said], args, arms)
+    rows = summary(said, args, arms)
     shown = ("arm", *COLUMNS[COLUMNS.index("step_s") :])
     print(as_table(shown, [[row[name] for name in shown] for row in rows]))
     if args.out:

@@ -48,7 +48,6 @@ from crossover_jax.plan import as_table, bits_per_second
 from crossover_jax.wire import WIRES
 
 LEAVES = 8
-BURST_S = 0.01  # how long the kernel may not get to a link without loss
 DEVICES = 2  # of a host in `hierarchical`
 WITH_OPTIONS = ("crossover", "switch", "hierarchical")
 COLUMNS = (
@@ -148,17 +147,10 @@ def main(argv: Sequence[str]) -> None:
         if args.host is not None:
             on_host(args.host, args.hosts, specs, int(args.params), compute_s, args.real, args.steps)
             return
-        hosts.enter()
-        command = [sys.executable, __file__, *argv, "--host"]
-        # A message in flight holds one of XLA's threads.
-        env = {"JAX_PLATFORMS": "cpu", "NPROC": "16", "OMP_NUM_THREADS": "1"}
-        burst = max(hosts.BURST, int(BURST_S * bits_per_second(args.rate) / 8))
-        said = hosts.run(
-            [[*command, str(i)] for i in range(args.hosts)], rate=args.rate, burst=burst, env=env, timeout=3600
-        )
+        said = hosts.run_self(args.hosts, args.rate, bits_per_second(args.rate) / 8)
     except (hosts.Missing, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    rows = summary([json.loads(text.splitlines()[-1]) for text in said], args, specs, compute_s)
+    rows = summary(said, args, specs, compute_s)
     print(table(rows))
     if args.out:
         is_new = not args.out.exists()

@@ -25,9 +25,9 @@ class Packing(NamedTuple):
     split: tuple[tuple[int, int, int], ...] = ()
 
     def pieces(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Of the vector, if there is one, and of each split leaf: the dimension that is cut, and where."""
+        """Of the vector, if there is one, and of each split leaf behind a dimension of one: what is cut, and where."""
         segments = len(self.bounds) - 1
-        cut = [(dimension, tuple(range(0, segments * part + 1, part))) for _, dimension, part in self.split]
+        cut = [(1 + dimension, tuple(range(0, segments * part + 1, part))) for _, dimension, part in self.split]
         return [(0, self.bounds)] * bool(self.leaves) + cut
 
 

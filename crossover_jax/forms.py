@@ -98,7 +98,13 @@ def _taken(arrays: list[Array], pieces: Pieces, segments: Sequence[tuple[Any, in
         for first, count in segments
         for x, (d, bounds) in zip(arrays, pieces, strict=True)
     ]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    if len(arrays) == 1:
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    vector, at = jnp.zeros_like(parts[0], shape=sum(part.size for part in parts)), 0
+    for part in parts:  # straight to its place; to concatenate, XLA:CPU would first make an array of each
+        vector = lax.dynamic_update_slice_in_dim(vector, part, at, 0)
+        at += part.size
+    return vector
 
 
 def _slice(x: Array, start: Any, length: int, dimension: int) -> Array:

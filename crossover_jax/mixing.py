@@ -250,14 +250,16 @@ def map_packed(
         for packing in cut.packings(names, parts):
             as_they_are = [i for i, *_ in packing.split]
             packed = [_packed([parts[i] for i in packing.leaves], packing.bounds[-1])] if packing.leaves else []
-            arrays = function(packed + [parts[i] for i in as_they_are], packing.pieces(), *shared)
+            # Behind a dimension of one, as `per_worker`'s parameters are, XLA:CPU writes into a leaf where it lies;
+            # where the last write also changes its shape it copies the leaf up to four times.
+            arrays = function(packed + [parts[i][None] for i in as_they_are], packing.pieces(), *shared)
             flat, start = arrays[0], 0
             for i in packing.leaves:
                 size, shape = parts[i].size, parts[i].shape
                 parts[i] = flat[start : start + size].reshape(shape)
                 start += size
             for i, array in zip(as_they_are, arrays[len(packed) :], strict=True):
-                parts[i] = array
+                parts[i] = array[0]
         return parts
 
     return _map_parts(on_packed, tree, axis, where, specs, *shared)

@@ -1,25 +1,15 @@
 """The grid of measurements: every cell once, also after an interruption, and what the picture shows."""
 
 import csv
-import importlib.util
 import math
-import pathlib
 
 import pytest
 
-GRID = pathlib.Path(__file__).parents[1] / "benchmarks/grid.py"
-
-
-@pytest.fixture(scope="module")
-def grid():
-    spec = importlib.util.spec_from_file_location("grid", GRID)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benchmarks import grid
 
 
 @pytest.mark.parametrize(("flags", "cells"), [([], 4 * 3 * 3), (["--speed_up"], 3)])
-def test_every_cell_is_measured_once_and_after_an_end_only_what_is_missing(grid, tmp_path, monkeypatch, flags, cells):
+def test_every_cell_is_measured_once_and_after_an_end_only_what_is_missing(tmp_path, monkeypatch, flags, cells):
     out, calls = tmp_path / "x.csv", []
 
     def measure(command):
@@ -51,7 +41,7 @@ def test_every_cell_is_measured_once_and_after_an_end_only_what_is_missing(grid,
     assert len({(call["--hosts"], call["--rate"], call["--compute_s"]) for call in done}) == cells
 
 
-def test_the_picture_shows_log2_of_the_speed_up_from_four_hosts_and_seconds_of_the_grid(grid):
+def test_the_picture_shows_log2_of_the_speed_up_from_four_hosts_and_seconds_of_the_grid():
     seconds = {4: 8.0, 8: 4.0, 16: 3.0}
     common = {"rate": "100mbit", "algorithm": "allreduce"}
     speed_up = [{**common, "hosts": str(n), "compute_s": "0", "step_s": str(s)} for n, s in seconds.items()]

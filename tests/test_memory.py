@@ -74,3 +74,13 @@ def test_fewer_channels_in_flight_need_less_beside_the_packed_model(in_flight, l
 def test_where_nothing_is_packed_little_more_is_needed_than_the_messages(where, workers, in_flight, limit):
     """Of eight channels two eighths of the model for each that is under way, and what comes from two kinds of links."""
     assert temporaries(where, workers, 8, EVEN, None, jnp.float32, in_flight=in_flight, cut=cj.by_rows) < limit
+
+
+def test_on_cpus_too_rows_are_written_where_they_lie():
+    """Two of eight segments leave and two arrive; a copy of a leaf would be seen by itself."""
+    mesh = cj.make_mesh(8, devices=jax.devices()[:8])
+    mix = cj.gossip(cj.latin(8, 4), cj.shuffle(8, 4), cj.by_rows(8), in_flight=1)
+    leaves = cj.copies(lambda: [jnp.zeros((8192, 4)), jnp.zeros((64, 16, 32))], mesh)
+    done = cj.per_worker(mix, mesh, replicated=(1,)).lower(leaves, jnp.int32(0)).compile()
+    assert done.memory_analysis().temp_size_in_bytes < 1.02 * (2 / 8 + 2 / 8) * (32768 + 32768) * 4
+    assert " copy(" not in done.as_text()
