@@ -17,7 +17,7 @@ from jaxtyping import Array
 from crossover_jax.cuts import widened
 from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.tables import Table
-from crossover_jax.wire import decode, encode, said
+from crossover_jax.wire import BLOCK, decode, encode, said
 
 
 def row_at(table: Table, step: Any) -> Array:
@@ -83,7 +83,8 @@ def _exchanged(
     shares = [_shares(pool, p, axis) for p, _ in channels]
     own = [said(x, wire) for x in sent]
     mixed = [_averaged(*each) for each in zip(sent, own, received, shares, strict=True)]
-    if sum(x.size for x in mixed) == sum(x.size for x in arrays):  # nothing stays at home: they are not needed any more
+    leaving = sum(count for _, segments in channels for _, count in segments)
+    if leaving == len(pieces[0][1]) - 1:  # nothing stays at home: they are not needed any more
         mixed = lax.optimization_barrier(mixed)
         arrays = [jnp.zeros_like(x) for x in arrays]
     for (_, segments), x in zip(channels, mixed, strict=True):
@@ -100,8 +101,16 @@ def _taken(arrays: list[Array], pieces: Pieces, segments: Sequence[tuple[Any, in
     ]
     if len(arrays) == 1:
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    size = sum(part.size for part in parts)
+    if size >= 64 * BLOCK and size % BLOCK:  # int8 would copy the vector to fill its last block up
+        parts.append(jnp.zeros_like(parts[0], shape=-size % BLOCK))
+    # XLA:CPU would make an array of each part before it concatenates them; on TPUs filling a vector needs more memory.
+    return lax.platform_dependent(*parts, cpu=_filled, default=lambda *parts: jnp.concatenate(parts))
+
+
+def _filled(*parts: Array) -> Array:
     vector, at = jnp.zeros_like(parts[0], shape=sum(part.size for part in parts)), 0
-    for part in parts:  # straight to its place; to concatenate, XLA:CPU would first make an array of each
+    for part in parts:
         vector = lax.dynamic_update_slice_in_dim(vector, part, at, 0)
         at += part.size
     return vector

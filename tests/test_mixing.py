@@ -379,6 +379,31 @@ def test_rows_of_every_large_leaf_travel_with_their_segment(form, options):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), static(placed), expected)
 
 
+@pytest.mark.parametrize("form", ["channels", "switch"])
+@pytest.mark.parametrize("wire", [None, "int8"])
+def test_long_messages_of_rows_are_filled_up_to_whole_blocks(form, wire):
+    """Of 16,384 values and more: what is filled up belongs to no leaf."""
+    rng, shapes = np.random.default_rng(0), {"a": (4, 16390), "b": (500, 8), "c": (3, 8)}
+    tree = {name: rng.normal(size=(8, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    pool, table, cut = cj.latin(8, 4), TABLES[form], cj.by_rows(4)
+    said = jax.tree.map(lambda x: x.astype(np.float64), tree)
+    if wire:
+        of_segment = cut.segment_of(jax.tree.map(lambda x: x[0], tree))
+        for s in range(4):  # packed leaves first
+            own = {name: of_segment[name] == s for name in "bca"}
+            message = said_in_int8(np.concatenate([tree[name][:, own[name]] for name in own], 1))
+            for name, mask in own.items():
+                said[name][:, mask], message = np.split(message, [mask.sum()], 1)
+    expected = jax.tree.map(lambda x, q, m: x + (m - q), tree, said, mixed_by_matrices(said, 5, pool, table, cut))
+    mix = cj.gossip(pool, table, cut, wire=wire)
+    for where in places(8).values():
+        got = run(mix, where, tree, 5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+    if form == "channels":
+        sent = wire_bytes(lambda x: mix(x, 5), jax.tree.map(lambda x: x[0], tree), num_workers=8)
+        assert sent == 4 * 68 * (1024 if wire is None else 260)  # 16,390 + 1006 values are 67.95 blocks
+
+
 @pytest.mark.parametrize("wire", [None, "int8"])
 @pytest.mark.parametrize("table", [cj.shuffle(12, 4, seed=1), cj.stream(12, 4, every=2)], ids=["all", "some at home"])
 @pytest.mark.parametrize("in_flight", [1, 3, 4, 9])
