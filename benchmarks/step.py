@@ -38,7 +38,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "sgp": {"name": "sgp"},
     "crossover": {},
     "crossover, during": {"during": True},
-    "crossover by rows": {"cut": "rows", "pool_size": 7, "in_flight": 1},  # 784 are 7 times 112
+    "crossover by rows": {"cut": "rows", "in_flight": 1},
     "crossover in bfloat16": {"wire": "bfloat16"},
     "crossover in int8": {"wire": "int8"},
     "three rounds in int8": {"wire": "int8", "rounds": 3},

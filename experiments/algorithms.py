@@ -16,6 +16,7 @@ PyTree = Any
 
 
 CUTS = {"size": cj.by_size, "rows": cj.by_rows}
+ROWS = 8  # segments of rows: most layers have a multiple of it, and what a segment does not divide is packed
 POOLS = {"latin": cj.latin, "balanced": cj.balanced, "derangements": cj.derangements}
 
 
@@ -23,7 +24,7 @@ def make_cut(c: ml_collections.ConfigDict, num_workers: int, params: PyTree) -> 
     """How the algorithm of `config.algorithm` divides the model; None if it does not."""
     if c.name == "crossover":
         require_known("config.algorithm.cut", c.cut, CUTS)
-        return CUTS[c.cut](c.segments or c.pool_size or pool_size(num_workers))
+        return CUTS[c.cut](c.segments or c.pool_size or (ROWS if c.cut == "rows" else pool_size(num_workers)))
     if c.name == "crossover_phases":
         return cj.by_size(cj.exponential(num_workers).num_rounds)
     if c.name in ("crossover_paper", "crossover_no_balance"):
@@ -34,11 +35,13 @@ def make_cut(c: ml_collections.ConfigDict, num_workers: int, params: PyTree) -> 
 def _crossover(c, optimizer, n, params, specs):
     """As recommended: `latin`, `shuffle`, `by_size`; 0 `segments` or `pool_size` choose by the number of workers."""
     require_known("config.algorithm.pool", c.pool, POOLS)
+    cut = make_cut(c, n, params)
+    rounds = c.pool_size or pool_size(n, cut if c.cut == "rows" else None)
     return cj.crossover_sgd(
         optimizer,
         n,
-        pool=POOLS[c.pool](n, c.pool_size or pool_size(n), c.seed),
-        cut=make_cut(c, n, params),
+        pool=POOLS[c.pool](n, rounds, c.seed),
+        cut=cut,
         during=c.during,
         local_steps=c.local_steps,
         rounds=c.rounds,

@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.algorithm.peers = 1  # messages per round (sgp)
     config.algorithm.pool = "latin"  # or "balanced", "derangements" (crossover)
     config.algorithm.pool_size = 0  # rounds in the pool; 0: chosen by the number of workers
-    config.algorithm.segments = 0  # equal parts of the model; 0: as many as rounds
+    config.algorithm.segments = 0  # equal parts of the model; 0: as many as rounds, by rows 8
     config.algorithm.cut = "size"  # or "rows": of every large leaf (crossover)
     config.algorithm.seed = 0  # of pool and table
 

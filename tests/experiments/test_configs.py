@@ -175,7 +175,15 @@ def test_rows_and_a_reference_are_as_the_config_says():
     assert [leaf.split()[0].split("/")[-1] for leaf in described] == ["kernel"]  # 784 rows; 256 and 10 are not divided
     size = sum(x.size for x in jax.tree.leaves(program.shapes.params))
     sent = wire_bytes_per_step(program.algorithm, program.shapes.params, config)
-    assert sent == pytest.approx(4 * size * (1 + 2 * 7 / 8 / 10), rel=1e-3)
+    message = 114 * 256  # 784 · 256 / 7 numbers of the kernel and 404 others, in whole blocks
+    assert sent == pytest.approx(4 * (7 * message + size * 2 * 7 / 8 / 10))
+    for workers in (8, 64):  # as many rounds as workers allow, 7 and 12, would divide no layer
+        config.num_workers = workers
+        config.algorithm.update(segments=0, pool_size=0)
+        chosen = make_program(config, dataset, place_workers(config, jax.devices()[:1]), 100)
+        assert len([leaf for leaf in chosen.leaves if "(a part in each of 8 segments)" in leaf]) == 1
+        sent = wire_bytes_per_step(chosen.algorithm, chosen.shapes.params, config)  # by a switch it would be more
+        assert sent == pytest.approx(4 * size * (1 + 2 * (1 - 1 / workers) / 10), rel=1e-2)
     config.algorithm.cut = "columns"
     with pytest.raises(ValueError, match=re.escape("`config.algorithm.cut` must be one of size, rows, got 'columns'")):
         make_program(config, dataset, place_workers(config, jax.devices()[:1]), 100)
