@@ -169,7 +169,17 @@ def average(axis: str = "worker", *, where: Callable[[str], bool] | None = None,
 
 
 def _mean(leaf: Array, axis: str) -> Array:
-    return vary(lax.pmean(leaf.astype(widened(leaf.dtype)), axis).astype(leaf.dtype), axis)
+    wide = leaf.astype(widened(leaf.dtype))
+    if is_simulated(axis):
+        everyone = lax.all_gather(wide, axis)
+        # `pmean` makes the same sum, but XLA:CPU takes 8 times as long: it adds the workers up number by number.
+        total = lax.platform_dependent(everyone, cpu=_added_in_turn, default=lambda x: x.sum(0))
+        return (total / lax.axis_size(axis)).astype(leaf.dtype)
+    return vary(lax.pmean(wide, axis).astype(leaf.dtype), axis)
+
+
+def _added_in_turn(x: Array) -> Array:
+    return lax.fori_loop(1, len(x), lambda i, total: total + x[i], x[0])
 
 
 def every(k: int, mix: Mix, axis: str = "worker") -> Mix:
