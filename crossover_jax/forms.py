@@ -166,16 +166,15 @@ def by_index(arrays: list[Array], pieces: Pieces, row: Array, pool: Pool, axis: 
     (benchmarks/simulated_exchange.py).
     """
     parts = [_taken(arrays, pieces, [(s, 1)]) for s in range(len(row))]
-    own = [said(x, wire) for x in parts]
-    everyone, me = lax.all_gather(jnp.concatenate(own), axis), lax.axis_index(axis)
-    round_ = jnp.maximum(row, 0)
+    round_, me = jnp.maximum(row, 0), lax.axis_index(axis)
     share = jnp.asarray(pool.share, widened(parts[0].dtype))[round_, :, me]
     sources = jnp.asarray(pool.receive_from)[round_, :, me]
-    mixed, end = [], 0
+    mixed = []
     for s, part in enumerate(parts):
-        start, end = end, end + part.size
-        received = [jnp.take(everyone[:, start:end], j, axis=0, mode="clip") for j in sources[s]]
-        mixed.append(jnp.where(row[s] < 0, part, _averaged(part, own[s], received, share[s])))
+        own = said(part, wire)
+        everyone = lax.all_gather(own, axis)
+        received = [jnp.take(everyone, j, axis=0, mode="clip") for j in sources[s]]
+        mixed.append(jnp.where(row[s] < 0, part, _averaged(part, own, received, share[s])))
     return _joined(arrays, pieces, mixed)
 
 
