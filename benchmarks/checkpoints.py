@@ -23,7 +23,7 @@ import crossover_jax as cj
 from experiments import data, program
 from experiments.checkpoint import Checkpoints
 from experiments.configs import fashion_mnist
-from experiments.resume import settings_of
+from experiments.resume import as_json
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
             is_saving = next(kinds)
             began = time.perf_counter()
             if is_saving:
-                record = {"config": settings_of(config), "log": {"means": {"loss": [0.1] * 20}}, "made": {}}
+                record = {"config": as_json(config), "log": {"means": {"loss": [0.1] * 20}}, "provenance": {}}
                 saves.save(step, state, record)
             waiting = None
             for _ in range(args.steps):

@@ -45,8 +45,9 @@ import crossover_jax as cj
 from crossover_jax.compiled import collectives, schedule
 from crossover_jax.plan import as_table
 from experiments import data, models, program
-from experiments.algorithms import make_optimizer
 from experiments.configs import fashion_mnist
+from experiments.optimizers import make_optimizer
+from experiments.settings import check_settings
 
 NO_ACCELERATOR = "JAX finds no accelerator here; --platform=cpu measures the CPU instead."
 NO_COMPILER = "this jaxlib cannot compile for GPUs: install jax[cuda12], which needs no GPU for it."
@@ -133,14 +134,14 @@ def compared(loops: dict[str, Loop], images: int, args: argparse.Namespace) -> s
     return report(jax.devices()[0], ("", "ms", "images/s", "ratio", "from", "to"), rows)
 
 
-def configured(args: argparse.Namespace, workers: int, examples: int, **algorithm: Any) -> ml_collections.ConfigDict:
+def configured(args: argparse.Namespace, workers: int, examples: int, **keys: Any) -> ml_collections.ConfigDict:
     config = fashion_mnist.get_config()
     config.num_workers, config.batch_size = workers, workers * examples
     config.eval_batch_size = config.batch_size
     config.dataset.name, config.model.name = args.dataset, args.model
     config.model.options = ml_collections.ConfigDict(args.options)
-    config.algorithm.update(algorithm)
-    program.check_settings(config)
+    config.update(keys)
+    check_settings(config)
     return config
 
 
@@ -165,7 +166,7 @@ def plain(config: ml_collections.ConfigDict) -> Loop:
     """The same model, optimizer and batch without workers, axes or any metric but the loss."""
     dataset = data.describe(config.dataset.name)
     graphdef, params, statistics = built(dataset, config.model.name, config.model.options)
-    optimizer = make_optimizer(config.optimizer, 1000)
+    optimizer = make_optimizer(config, 1000)
     placed = jax.device_put(random_batch(dataset, config.batch_size))
 
     def loss(params, statistics, batch):
@@ -192,15 +193,15 @@ def built(dataset: data.Dataset, name: str, options: Mapping[str, Any]) -> tuple
 def images(args: argparse.Namespace) -> str:
     config = functools.partial(configured, args, 1, args.examples)
     loops = {"plain": plain(config())}
-    loops |= {f"ours, {name}": ours(config(name=name)) for name in ("alone", "allreduce")}
+    loops |= {f"ours, {name}": ours(config(algorithm=name)) for name in ("alone", "allreduce")}
     return compared(loops, args.examples, args)
 
 
 def simulated(args: argparse.Namespace) -> str:
     total = args.workers * args.examples
-    loops = {"one model": ours(configured(args, 1, total, name="alone"))}
+    loops = {"one model": ours(configured(args, 1, total, algorithm="alone"))}
     for name in ("alone", "crossover"):
-        loops[f"{args.workers} workers, {name}"] = ours(configured(args, args.workers, args.examples, name=name))
+        loops[f"{args.workers} workers, {name}"] = ours(configured(args, args.workers, args.examples, algorithm=name))
     return compared(loops, total, args)
 
 
@@ -239,7 +240,7 @@ def repeated(mix: cj.Mix, count: int) -> Callable[[Any], Any]:
 def compiled(args: argparse.Namespace) -> str:
     workers = args.hosts * args.gpus
     devices = described(args)
-    config = configured(args, workers, args.examples, name="crossover", during=True)
+    config = configured(args, workers, args.examples, crossover={"during": True})
     mesh = cj.make_mesh(workers, devices=devices)
     dataset = data.describe(args.dataset)
     made = program.make_program(config, dataset, mesh, 1000)

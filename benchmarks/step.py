@@ -29,21 +29,22 @@ import crossover_jax as cj
 from crossover_jax.plan import as_table
 from experiments import data, program
 from experiments.configs import fashion_mnist
+from experiments.settings import check_settings
 
 OFF = "communication off"
 ARMS: dict[str, dict[str, Any]] = {
-    OFF: {"name": "alone"},
-    "allreduce": {"name": "allreduce"},
-    "d_psgd": {"name": "d_psgd"},
-    "sgp": {"name": "sgp"},
+    OFF: {"algorithm": "alone"},
+    "allreduce": {"algorithm": "allreduce"},
+    "d_psgd": {"algorithm": "d_psgd"},
+    "sgp": {"algorithm": "sgp"},
     "crossover": {},
-    "crossover, during": {"during": True},
-    "crossover by rows": {"cut": "rows", "in_flight": 1},
-    "crossover in bfloat16": {"wire": "bfloat16"},
-    "crossover in int8": {"wire": "int8"},
-    "three rounds in int8": {"wire": "int8", "rounds": 3},
-    "crossover_phases": {"name": "crossover_phases"},
-    "crossover_paper": {"name": "crossover_paper"},
+    "crossover, during": {"crossover.during": True},
+    "crossover by rows": {"crossover.cut": "rows", "crossover.in_flight": 1},
+    "crossover in bfloat16": {"crossover.wire": "bfloat16"},
+    "crossover in int8": {"crossover.wire": "int8"},
+    "three rounds in int8": {"crossover.wire": "int8", "crossover.rounds": 3},
+    "crossover_phases": {"algorithm": "crossover_phases"},
+    "crossover_paper": {"algorithm": "crossover_paper"},
 }
 
 
@@ -112,8 +113,8 @@ def prepared(name: str, args: argparse.Namespace) -> Run:
     config.dataset.name = args.dataset
     config.model.name = args.model
     config.model.options = type(config.model.options)(args.options)
-    config.algorithm.update(ARMS[name])
-    program.check_settings(config)
+    config.update_from_flattened_dict(ARMS[name])
+    check_settings(config)
     dataset = data.describe(args.dataset)
     where = program.place_workers(config, jax.devices()[: args.devices])
     made = program.make_program(config, dataset, where, num_steps=1000)

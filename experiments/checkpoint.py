@@ -36,7 +36,7 @@ from experiments.step import Diverged
 PyTree = Any
 FOLDER = "checkpoints"
 DAMAGED = "damaged"
-FORMAT = 1
+FORMAT = 2  # 1: before the config had a group of keys for each algorithm
 SMALL = 2**22  # bytes of a leaf, all workers together
 
 
@@ -227,20 +227,20 @@ def set_aside(workdir: pathlib.Path, damaged: Sequence[int]) -> None:
                 break
 
 
-def spread(states: PyTree, where: Mesh | int) -> PyTree:
+def spread(states: PyTree, workers: Mesh | int) -> PyTree:
     """The shapes `[workers, ...]` of another number of workers, each device with some elements of all of them.
 
     So they are resized where they lie, in the memory that one state takes; only leaves whose dimensions the number of
     devices does not divide lie whole on every device.
     """
-    if isinstance(where, int):
+    if isinstance(workers, int):
         return states
 
     def place(x):
         axes = [None] * x.ndim
-        if fits := [d for d in range(1, x.ndim) if x.shape[d] and x.shape[d] % where.size == 0]:
-            axes[fits[0]] = where.axis_names
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(where, P(*axes)))
+        if fits := [d for d in range(1, x.ndim) if x.shape[d] and x.shape[d] % workers.size == 0]:
+            axes[fits[0]] = workers.axis_names
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(workers, P(*axes)))
 
     return jax.tree.map(place, states)
 
@@ -271,7 +271,7 @@ def _described_leaves(step: int, state: PyTree, inspected: tuple[jax.Array, ...]
             bad = np.flatnonzero(~workers)
             raise Diverged(
                 f"{name} of worker {bad[0]} is not finite after step {step} ({bad.size} of {workers.size} workers): "
-                "lower `config.optimizer.learning_rate`, or look at the data."
+                "lower `config.schedule.learning_rate`, or look at the data."
             )
     found = {
         name: {"array": [list(leaf.shape), str(leaf.dtype)], "sums": sums.tolist()}

@@ -36,7 +36,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
+if not __package__:  # as a script
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from experiments import checkpoint, processes
 from experiments.launch import local
@@ -335,7 +336,7 @@ class Launch:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // num_processes)}
         flags = [
             *FLAGS,
-            f"--config.algorithm.name={self._setting.algorithm}",
+            f"--config.algorithm={self._setting.algorithm}",
             f"--config.steps={self._setting.steps}",
             f"--config.checkpoint.every={self._setting.every}",
             *self._setting.flags,

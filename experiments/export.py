@@ -1,7 +1,7 @@
 """Take one model out of a run's checkpoint, for whoever has flax and orbax and nothing of ours.
 
-    python experiments/export.py runs/fashion_mnist models/fashion_mnist
-    python experiments/export.py runs/fashion_mnist models/worker_3 --step=best --workers=3
+    python -m experiments.export runs/fashion_mnist models/fashion_mnist
+    python -m experiments.export runs/fashion_mnist models/worker_3 --step=best --workers=3
 
     OUT/model         orbax: nested dicts "params" and "model_state" of numpy arrays
     OUT/README.md     the model card: what it is, how good it is, and the lines that load it
@@ -27,14 +27,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
+if not __package__:  # as a script
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 import crossover_jax as cj
 from crossover_jax.cuts import flatten
 from experiments import checkpoint, data, models, processes, report
 from experiments.checkpoint import Damaged
 from experiments.evaluate import make_evaluate
-from experiments.program import Program, make_program, versions
+from experiments.program import Program, make_program
+from experiments.settings import versions
 from experiments.step import Diverged, TrainState
 
 PyTree = Any
@@ -155,8 +157,8 @@ def restore_step(workdir: pathlib.Path, step: int, data_dir: str | None) -> Rest
     """One checkpoint. Raises `Damaged`, and `ValueError` if the data are not those of the run."""
     try:
         record = checkpoint.read_record(workdir, step)
-        config = config_of(record)
-        c, where = config.dataset, record["num_workers"]
+        config = config_from(record)
+        c, workers = config.dataset, record["num_workers"]
         load = partial(data.load, c.name, data_dir=data_dir or c.data_dir, sequence=c.sequence)
         train_set, eval_set = load(c.train_split), load(c.eval_split)
         digests = ", ".join(dataset.digest for dataset in (train_set, eval_set))
@@ -165,22 +167,22 @@ def restore_step(workdir: pathlib.Path, step: int, data_dir: str | None) -> Rest
                 f"`--data_dir` must hold the data of the run, {record['config']['data']}, got {digests} in "
                 f"{data_dir or c.data_dir}: name the folder that it was trained from."
             )
-        program = make_program(config, train_set, where, 1)
-        state = checkpoint.restore(workdir, record, cj.abstract_copies(program.shapes, where))
+        program = make_program(config, train_set, workers, 1)
+        state = checkpoint.restore(workdir, record, cj.abstract_copies(program.shapes, workers))
         checkpoint.verify(record, state)
     except Damaged as error:
         raise Damaged(f"the checkpoint of step {step} in {workdir} is damaged: {error}; name another --step.") from None
     return Restored(record, config, train_set, eval_set, program, state)
 
 
-def config_of(record: dict[str, Any]) -> ml_collections.ConfigDict:
+def config_from(record: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config of the run, where BatchNorm does not divide a batch: to evaluate a model it need not.
 
-    >>> config_of({"config": {"seed": 0, "model.options.bn_groups": 8, "data": "mnist"}}).to_dict()
+    >>> config_from({"config": {"seed": 0, "model.options.bn_groups": 8, "data": "mnist"}}).to_dict()
     {'model': {'options': {'bn_groups': 1}}, 'seed': 0}
     """
     nested: dict[str, Any] = {"model": {"options": {}}}  # a folder without keys has left no trace
-    for name, value in settings(record).items():
+    for name, value in recorded_config(record).items():
         *folders, key = name.split(".")
         reduce(lambda folder, name: folder.setdefault(name, {}), folders, nested)[key] = value
     if "bn_groups" in nested["model"]["options"]:
@@ -188,7 +190,7 @@ def config_of(record: dict[str, Any]) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(nested).lock()
 
 
-def settings(record: dict[str, Any]) -> dict[str, Any]:
+def recorded_config(record: dict[str, Any]) -> dict[str, Any]:
     """The config of the run by dotted names."""
     return {name: value for name, value in record["config"].items() if name != "data"}
 
@@ -277,7 +279,7 @@ def card(restored: Restored, workers: str, figures: Figures, statistics: str, tr
     epochs = record["examples"] / len(restored.train_set)
     call, inputs = how_to_call(eval_set)
     return f"""\
-# {config.model.name} on {config.dataset.name}, trained by {config.algorithm.name}
+# {config.model.name} on {config.dataset.name}, trained by {config.algorithm}
 
 {what} after step {record["step"]} ({record["examples"]} examples, {epochs:.2f} epochs), taken from a run of
 crossover_jax by `experiments/export.py`.
@@ -326,7 +328,7 @@ The data were {record["config"]["data"]}.
 
 | version of | trained with | exported with |
 |---|---|---|
-{versions_table(record["made"])}
+{versions_table(record["provenance"])}
 """
 
 
@@ -359,14 +361,14 @@ def described(tree: PyTree) -> str:
 
 def config_text(record: dict[str, Any]) -> str:
     """OUT/config.json."""
-    return json.dumps(settings(record), indent=2) + "\n"
+    return json.dumps(recorded_config(record), indent=2) + "\n"
 
 
-def versions_table(made: dict[str, Any]) -> str:
+def versions_table(provenance: dict[str, Any]) -> str:
     """The rows of what the run and this process were made with."""
     here = versions()
-    names = [name for name in {**made, **here} if name != "data"]
-    return "\n".join(f"| {name} | {made.get(name, '')} | {here.get(name, '')} |" for name in names)
+    names = [name for name in {**provenance, **here} if name != "data"]
+    return "\n".join(f"| {name} | {provenance.get(name, '')} | {here.get(name, '')} |" for name in names)
 
 
 # ---- the command line ----

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
+if not __package__:  # as a script
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from experiments import checkpoint, train
 from experiments.configs import fashion_mnist
@@ -73,9 +74,11 @@ def compare(args: argparse.Namespace, workers: int, seed: int, cells: list) -> l
 def make_config(args: argparse.Namespace, workers: int, seed: int) -> ml_collections.ConfigDict:
     """A perceptron, with batches that 8 and 6 workers divide."""
     config = fashion_mnist.get_config()
-    config.seed = config.algorithm.seed = seed
+    config.seed = seed
+    if args.algorithm in config and "seed" in config[args.algorithm]:
+        config[args.algorithm].seed = seed
     config.num_workers, config.simulate, config.batch_size = workers, "yes", 240
-    config.dataset.data_dir, config.algorithm.name = args.data_dir, args.algorithm
+    config.dataset.data_dir, config.algorithm = args.data_dir, args.algorithm
     config.model.name, config.model.options = "mlp", ml_collections.ConfigDict({"hidden": (64,)})
     config.steps, config.checkpoint.every, config.checkpoint.keep = END, BEFORE, 100  # all
     return config

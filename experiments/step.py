@@ -64,8 +64,8 @@ def train_step(
         model_state, (grads, metrics) = _accumulate(one, state.model_state, batch, micro_batches)
     bad = jnp.stack([~jnp.isfinite(optax.tree.norm(leaf)) for leaf in jax.tree.leaves(grads)])
     metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "bad_leaves": bad.sum(), "first_bad": bad.argmax()}
-    params, inner = algorithm.update(grads, state.algorithm, state.params, step)
-    return TrainState(params, model_state, inner), metrics
+    params, own = algorithm.update(grads, state.algorithm, state.params, step)
+    return TrainState(params, model_state, own), metrics
 
 
 def _accumulate(one: Callable, model_state: PyTree, batch: PyTree, micro_batches: int) -> tuple[PyTree, PyTree]:
@@ -88,7 +88,7 @@ def _accumulate(one: Callable, model_state: PyTree, batch: PyTree, micro_batches
 def make_train_step(
     loss_fn: LossFn,
     algorithm: Algorithm,
-    where: Mesh | int,
+    workers: Mesh | int,
     *,
     seed: int | jax.Array = 0,
     micro_batches: int = 1,
@@ -96,13 +96,13 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """All workers' `(state, batch, step) -> (state, metrics)`, jitted; metrics stay per worker, `[workers]`.
 
-    `state` and `batch` have a leading axis of workers, `step` is one replicated integer; `state` is donated. `where` is
-    a mesh or the number of workers to simulate on one device; `specs` is how the state lies inside a worker.
+    `state` and `batch` have a leading axis of workers, `step` is one replicated integer; `state` is donated. `workers`
+    is a mesh or the number of workers to simulate on one device; `specs` is how the state lies inside a worker.
     """
     step = partial(
         train_step, loss_fn=loss_fn, algorithm=algorithm, seed=seed, micro_batches=micro_batches, specs=specs
     )
-    return per_worker(step, where, replicated=(2,), out_specs=(specs, None))
+    return per_worker(step, workers, replicated=(2,), out_specs=(specs, None))
 
 
 class Diverged(Exception):
@@ -123,14 +123,14 @@ def fetch(
         for name, values in stacked.items():
             wrong = np.flatnonzero(~np.isfinite(values[i]))
             if wrong.size:
-                worker, where = wrong[0], ""
+                worker, detail = wrong[0], ""
                 if leaves and (count := stacked["bad_leaves"][i, worker]):
-                    where = (
+                    detail = (
                         f"; its gradient is not finite in {count} of {len(leaves)} parameters, first in "
                         f"{leaves[stacked['first_bad'][i, worker]]}"
                     )
                 raise Diverged(
                     f"{name} of worker {worker} is {values[i, worker]} at step {first_step + i} ({wrong.size} of "
-                    f"{values.shape[1]} workers){where}: lower `config.optimizer.learning_rate`, or look at the data."
+                    f"{values.shape[1]} workers){detail}: lower `config.schedule.learning_rate`, or look at the data."
                 )
     return stacked

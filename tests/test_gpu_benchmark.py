@@ -38,7 +38,7 @@ def tiny_resnet(*, image_shape, **options):
 def test_our_step_of_one_worker_and_the_plain_loop_make_the_same_model(name, monkeypatch):
     monkeypatch.setitem(gpu.models.MODELS, "tiny", tiny_resnet)
     config = gpu.fashion_mnist.get_config()
-    config.num_workers, config.batch_size, config.algorithm.name = 1, 4, name
+    config.num_workers, config.batch_size, config.algorithm = 1, 4, name
     config.model.name, config.model.options = "tiny", gpu.ml_collections.ConfigDict()
     ours, plain = gpu.ours(config), gpu.plain(config)
     start = jax.device_get(plain.state[0])

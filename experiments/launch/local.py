@@ -99,11 +99,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def read_shape(args: argparse.Namespace) -> Shape:
     """What `train.py` would make of its flags; a config that cannot be loaded ends this process with one line."""
-    sys.path.insert(0, str(TRAIN.parents[1]))  # as a script, not only as a module
-    from experiments import train
+    if not __package__:  # as a script
+        sys.path[0] = str(TRAIN.parents[1])
+    from experiments import flags  # which imports JAX, so only where it is needed
 
-    train.parse_flags([str(TRAIN), *args.train_flags])
-    config = train.CONFIG.value
+    flags.parse_flags([str(TRAIN), *args.train_flags])
+    config = flags.CONFIG.value
     return Shape(
         args.processes,
         config.num_workers,

@@ -20,8 +20,9 @@ import pytest
 import crossover_jax as cj
 from experiments import algorithms, checkpoint, data, export, models, train
 from experiments.configs import fashion_mnist
-from experiments.program import make_program, versions
-from experiments.resume import settings_of
+from experiments.program import make_program
+from experiments.resume import as_json
+from experiments.settings import versions
 from experiments.step import Diverged
 
 N, TRAINED, EVALUATED = 4, 600, 500
@@ -41,7 +42,7 @@ def config_for(data_dir, **changes):
     config.dataset.update(small)
     config.model.name, config.model.options = "mlp", {"hidden": (32,)}
     config.num_workers, config.batch_size, config.steps, config.eval_batch_size = N, 64, 2, 160
-    config.simulate, config.optimizer.learning_rate = "yes", 0.02
+    config.simulate, config.schedule.learning_rate = "yes", 0.02
     config.checkpoint.every, config.checkpoint.keep = 1, 3
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
@@ -75,10 +76,10 @@ def leave(workdir, config, change=lambda state: state):
     noisy = lambda tree: jax.tree.map(lambda x: x + rng.uniform(0, 0.2, x.shape).astype(x.dtype), tree)
     state = change(state._replace(params=noisy(state.params), model_state=noisy(state.model_state)))
     record = {
-        "config": settings_of(config) | {"data": ", ".join(dataset.digest for dataset in sets)},
+        "config": as_json(config) | {"data": ", ".join(dataset.digest for dataset in sets)},
         "num_workers": N,
         "examples": 128,
-        "made": versions(),
+        "provenance": versions(),
         "best": None,
     }
     with contextlib.closing(checkpoint.Checkpoints(workdir, 1)) as saves:
@@ -182,7 +183,7 @@ def test_what_push_sum_trains_is_exported_without_its_bias(data_dir, tmp_path, m
         of_all = np.broadcast_to(weights, state.algorithm.weights.shape).copy()  # [workers, segments, workers]
         return state._replace(algorithm=state.algorithm._replace(weights=of_all))
 
-    state = leave(tmp_path / "run", config_for(data_dir, algorithm__name="sgp"), weighted)
+    state = leave(tmp_path / "run", config_for(data_dir, algorithm="sgp"), weighted)
     figures = export.export(tmp_path / "run", tmp_path / "out")
     unbiased = jax.tree.map(lambda x: x / weights.reshape(-1, *[1] * (x.ndim - 1)), pure(state.params))
     mean = jax.tree.map(lambda x: x.mean(0), unbiased)

@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from experiments import models, preflight, train
+from experiments import flags, models, preflight
 from experiments.configs import decoder_1b, fashion_mnist, imagenet
 
 
@@ -131,7 +131,7 @@ def test_gossip_does_not_make_compiling_much_slower(pod):
         def once():
             jax.clear_caches()
             began = time.process_time()
-            preflight.preflight(config(4, algorithm__name=name), pod, exchange_only=False)
+            preflight.preflight(config(4, algorithm=name), pod, exchange_only=False)
             return time.process_time() - began
 
         return min(once() for _ in range(2))
@@ -143,7 +143,7 @@ def flags_of(monkeypatch, found, **values):
     defaults = {"EXCHANGE_ONLY": True, "JSON": False, "NUM_SLICES": 4, "TOPOLOGY": "v5e:2x4", "PLATFORM": "tpu"}
     for name, value in {**defaults, "NUM_DEVICES": None, **values}.items():
         monkeypatch.setattr(preflight, name, types.SimpleNamespace(value=value))
-    monkeypatch.setattr(train, "CONFIG", types.SimpleNamespace(value=found))
+    monkeypatch.setattr(flags, "CONFIG", types.SimpleNamespace(value=found))
 
 
 def test_the_command_prints_a_table_or_json_and_tells_by_its_exit_code(monkeypatch, capsys):

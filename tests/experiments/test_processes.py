@@ -104,7 +104,7 @@ def test_processes_train_as_one_process_does_step_by_step(num_processes, devices
 
 
 def test_processes_that_differ_are_refused_by_all_of_them_by_field(tmp_path, data_dir, cleanup):
-    own = {1: ["--config.seed=5"], 2: ["--config.num_workers=6", "--config.algorithm.name=sgp"]}
+    own = {1: ["--config.seed=5"], 2: ["--config.num_workers=6", "--config.algorithm=sgp"]}
     began = time.monotonic()
     cleanup += start(3, 4, tmp_path, data_dir, own=own)
     for process in cleanup:
@@ -113,7 +113,7 @@ def test_processes_that_differ_are_refused_by_all_of_them_by_field(tmp_path, dat
         for field in (
             "config.seed is 0 on processes 0, 2 and 5 on process 1",
             "config.num_workers is 8 on processes 0, 1 and 6 on process 2",
-            "config.algorithm.name is crossover on processes 0, 1 and sgp on process 2",
+            "config.algorithm is crossover on processes 0, 1 and sgp on process 2",
         ):
             assert field in errors
         assert "optimizer" not in errors
@@ -164,13 +164,13 @@ def test_the_digests_tell_pools_tables_and_data_apart(data_dir):
     same = found()
     assert found() == same
     changed = {
-        ("pool and cut", "table"): {"algorithm.pool_size": 3},
+        ("pool and cut", "table"): {"crossover.pool_size": 3},
         ("data",): {"dataset.eval_split": "test[:9999]"},
     }
     for fields, change in changed.items():
         other = found(**change)
         assert {name for name in same if same[name] != other[name]} == set(fields)
-    other = found(**{"algorithm.seed": 1})
+    other = found(**{"crossover.seed": 1})
     assert other["table"] != same["table"]
 
 

@@ -1,0 +1,181 @@
+"""The optimizers of the experiments by name, their schedule, and LARS for workers that see different gradients."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax import lax
+
+PyTree = Any
+ScalarOrSchedule = float | jax.Array | optax.Schedule
+Mask = Callable[[PyTree], PyTree]  # params -> which leaves have a trust ratio and weight decay
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, num_steps: int, learning_rate: jax.Array | None = None
+) -> optax.GradientTransformation:
+    """What `config.optimizer` names, with its own group of keys; weight decay is of `matrices` only.
+
+    The highest learning rate is `config.schedule.learning_rate`, or `learning_rate`, which may be traced.
+    """
+    scheduled = partial(make_schedule, config.schedule, num_steps)
+    if learning_rate is None:
+        rate = scheduled(config.schedule.learning_rate)
+    else:
+        shape = scheduled(1.0)
+
+        def rate(step):  # optax' own take no traced rate
+            return learning_rate * shape(step)
+
+    return OPTIMIZERS[config.optimizer](rate, scheduled, **config[config.optimizer])
+
+
+def make_schedule(config: ml_collections.ConfigDict, num_steps: int, peak: float) -> optax.Schedule:
+    """Linear warm-up to `peak`, then a cosine to zero, or (1 - t) to the power of `polynomial.power`.
+
+    `config` is `config.schedule`. Of w steps of warm-up the first takes 1 / (w + 1) of the peak. A fall by a power ends
+    at `polynomial.end` of the peak, and stays there. `warmup` and `polynomial.tail`, that stay, are parts of all steps.
+
+    >>> from experiments.configs import imagenet_resnet50_crossover
+    >>> schedule = make_schedule(imagenet_resnet50_crossover.get_config().schedule, 100, peak=1.0)
+    >>> [round(float(schedule(step)), 4) for step in (0, 40, 70, 98, 100)]
+    [0.0244, 1.0, 0.2035, 0.0025, 0.0025]
+    """
+    warmup = round(config.warmup * num_steps)
+    last = max(num_steps, warmup + 1)
+    if config.decay == "cosine":
+        return optax.schedules.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, last)
+    own = config.polynomial
+    rise = optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup)
+    until = max(last - round(own.tail * num_steps), warmup + 1)
+    fall = optax.schedules.polynomial_schedule(peak, own.end * peak, own.power, until - warmup)
+    return optax.schedules.join_schedules([rise, fall], [warmup])
+
+
+def _sgd(rate, scheduled, *, momentum, nesterov, weight_decay):
+    del scheduled
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=matrices),
+        optax.sgd(rate, momentum=momentum, nesterov=nesterov),
+    )
+
+
+def _lars(rate, scheduled, *, weight_decay, average_norms, **own):
+    # As in the paper the decay follows the learning rate: a constant one would grow beside a rate that falls to zero.
+    return lars(rate, weight_decay=scheduled(weight_decay), axis="worker" if average_norms else None, **own)
+
+
+def _adamw(rate, scheduled, **own):
+    del scheduled
+    return optax.adamw(rate, mask=matrices, **own)
+
+
+# name -> (learning rate, peak -> schedule of that peak, the keys of its group) -> GradientTransformation
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": _sgd, "lars": _lars, "adamw": _adamw}
+DECAYS = ("cosine", "polynomial")
+
+
+class TrustRatioState(NamedTuple):
+    count: jax.Array  # shape=(), dtype=int32
+
+
+def matrices(params: PyTree) -> PyTree:
+    """Leaves of two dimensions or more: not biases, not the scales of normalisation.
+
+    >>> matrices({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3), "norm": jnp.zeros((4, 3))})
+    {'bias': False, 'kernel': True, 'norm': False}
+    """
+
+    def is_matrix(path: tuple, x: jax.Array) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return x.ndim > 1 and not name.endswith("norm")  # the scales of scanned layers are [layers, width]
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def lars(
+    learning_rate: ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: ScalarOrSchedule = 0.0,
+    coefficient: float = 0.001,
+    eps: float = 1e-9,
+    nesterov: bool = False,
+    mask: Mask = matrices,
+    axis: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Layer-wise adaptive rate scaling: m <- β m + γ f (g + λ w), w <- w − m, the trust ratio f one number per leaf.
+
+    The learning rate is inside the buffer, as in the paper and its reference code: a change of it does not rescale what
+    the buffer holds. The arguments from `weight_decay` on are those of `scale_by_trust_ratio`.
+
+    Reference: You et al., Large Batch Training of Convolutional Networks, arXiv:1708.03888, Algorithm 1.
+
+    >>> tx, params = lars(1.0, momentum=0.9, coefficient=0.1), {"w": jnp.full((2, 2), 3.0)}
+    >>> updates, _ = tx.update({"w": jnp.full((2, 2), 5.0)}, tx.init(params), params)  # of 0.1 of the norm of w
+    >>> round(updates["w"][0, 0].item(), 4)
+    -0.3
+    """
+    return optax.chain(
+        scale_by_trust_ratio(coefficient, weight_decay=weight_decay, eps=eps, mask=mask, axis=axis),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.trace(decay=momentum, nesterov=nesterov),
+    )
+
+
+def scale_by_trust_ratio(
+    coefficient: float = 0.001,
+    *,
+    weight_decay: ScalarOrSchedule = 0.0,
+    eps: float = 1e-9,
+    mask: Mask = matrices,
+    axis: str | None = None,
+) -> optax.GradientTransformation:
+    """Scale a gradient to its parameter: f (g + λ w), f = η |w| / (|g| + λ |w| + ε), 1 where a norm is zero.
+
+    Leaves for which `mask` says False go through as they are. Unlike `optax.scale_by_trust_ratio` the norm of the
+    gradient is its own, not that of its sum with the decay.
+
+    In gossip every worker divides by the norm of its own gradient, which is noisier the smaller its batch is: with more
+    workers at the same global batch ratios shrink, and differ between workers. With an `axis`, norms are averaged over
+    its workers first, two float32 per leaf in one all-reduce, so that all take the same ratio; the axis must be bound.
+
+    Raises `ValueError` where parameters are not passed to `update`.
+
+    >>> tx, params = scale_by_trust_ratio(0.1, weight_decay=0.5), {"w": jnp.full((2, 2), 3.0), "b": jnp.zeros(2)}
+    >>> updates, _ = tx.update({"w": jnp.full((2, 2), 0.5), "b": jnp.ones(2)}, tx.init(params), params)
+    >>> round(updates["w"][0, 0].item(), 4), updates["b"].tolist()
+    (0.3, [1.0, 1.0])
+    """
+
+    def init(params: PyTree) -> TrustRatioState:
+        del params
+        return TrustRatioState(jnp.zeros((), jnp.int32))
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, TrustRatioState]:
+        if params is None:
+            raise ValueError("`params` must be passed to `update`, as `tx.update(grads, state, params)`, got None.")
+        decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
+        grads, treedef = jax.tree.flatten(updates)
+        own, masked = treedef.flatten_up_to(params), treedef.flatten_up_to(mask(params))
+        scaled = [i for i, is_scaled in enumerate(masked) if is_scaled]
+        norms = _norms([(own[i], grads[i]) for i in scaled], axis)
+        for i, (of_param, of_grad) in zip(scaled, norms, strict=True):
+            ratio = coefficient * of_param / (of_grad + decay * of_param + eps)
+            ratio = jnp.where((of_param == 0) | (of_grad == 0), 1, ratio)
+            grads[i] = (ratio * (grads[i] + decay * own[i])).astype(grads[i].dtype)
+        return treedef.unflatten(grads), TrustRatioState(jnp.asarray(optax.safe_increment(state.count)))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _norms(pairs: list[tuple[Any, Any]], axis: str | None) -> jax.Array | list:
+    """Norms of parameter and gradient of each pair, `[pairs, 2]`."""
+    if not pairs:
+        return []
+    norms = jnp.stack([jnp.stack([optax.tree.norm(x.astype(jnp.float32)) for x in pair]) for pair in pairs])
+    return norms if axis is None else lax.pmean(norms, axis)
