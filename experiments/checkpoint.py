@@ -64,6 +64,10 @@ class Damaged(Exception):
     """A checkpoint is not what was saved."""
 
 
+class NotSaved(Exception):
+    """A run that went on would leave nothing behind."""
+
+
 class _LastAndBest(NamedTuple):
     """Which checkpoints orbax keeps: the last `keep`, and the one with the best averaged model."""
 
@@ -91,13 +95,17 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # damage to an old one must not end the run
         )
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)  # orbax would do so in a thread, and tell pages of a failure
+        except OSError as error:
+            raise NotSaved(f"{self._folder} must be a folder that can be written: {error.strerror}.") from None
         self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
 
     def save(self, step: int, state: PyTree, record: dict[str, Any], *, is_best: bool = False) -> None:
         """Begin to save the state after `step`; it waits for the save before it, and returns once it has a copy.
 
-        What cannot be written is said, and the run goes on. A state that is not finite is not saved: this, the next
-        call or `wait` raises `Diverged`.
+        What cannot be written is said, and the run goes on; where there is no other checkpoint, this, the next call or
+        `wait` raises `NotSaved`. A state that is not finite is not saved: they raise `Diverged`.
         """
         self._wait()
 
@@ -122,7 +130,7 @@ class Checkpoints:
         return self._whole
 
     def close(self) -> None:
-        with contextlib.suppress(Diverged):  # of a run that ends by another error; else `wait` has raised it
+        with contextlib.suppress(Diverged, NotSaved):  # of a run that ends by another error; else `wait` has raised it
             self._wait()
         self._thread.shutdown()
         self._manager.close()
@@ -145,12 +153,17 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> None:
         self._whole = False
-        kept = "there is no other" if self.last is None else f"the last whole one is of step {self.last}"
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rsplit(": ", 1)[-1]
-        processes.say(f"WARNING: the checkpoint of step {step} could not be saved, the run goes on; {kept}: {reason}")
         if processes.is_first():
             for unfinished in self._folder.glob(f"{step}.*"):
                 shutil.rmtree(unfinished, ignore_errors=True)  # it holds the disk
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rsplit(": ", 1)[-1]
+        if self.last is None:
+            raise NotSaved(
+                f"the first checkpoint, of step {step}, could not be saved, so the run does not go on: {reason}; make "
+                "room, or name another `workdir`."
+            )
+        kept = f"the last whole one is of step {self.last}"
+        processes.say(f"WARNING: the checkpoint of step {step} could not be saved, the run goes on; {kept}: {reason}")
 
 
 def steps(workdir: pathlib.Path) -> list[int]:

@@ -41,7 +41,7 @@ if not __package__:  # as a script
 
 from experiments import checkpoint, processes
 from experiments.launch import local
-from experiments.report import METRICS
+from experiments.workdir import METRICS
 
 DEVICES = 8  # of all processes together, one worker on each
 FLAGS = (

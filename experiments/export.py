@@ -35,9 +35,11 @@ from crossover_jax.cuts import flatten
 from experiments import checkpoint, data, models, processes, report
 from experiments.checkpoint import Damaged
 from experiments.evaluate import make_evaluate
+from experiments.paths import local_path
 from experiments.program import Program, make_program
 from experiments.settings import versions
 from experiments.step import Diverged, TrainState
+from experiments.workdir import METRICS, Row, read_rows
 
 PyTree = Any
 BATCH = 256  # examples in a forward pass: what was spread over many devices may be exported on one
@@ -61,7 +63,7 @@ class Figures(NamedTuple):
     step: int
     accuracy: float
     loss: float
-    workers: report.Row  # under the keys of metrics.jsonl
+    workers: Row  # under the keys of metrics.jsonl
     source: str  # of them
 
 
@@ -80,7 +82,7 @@ def export(
     `step` is a number, "best" or "last", which goes back to the newest whole checkpoint; `workers` is "mean" or the
     number of one. Raises `ValueError` for what cannot be had, `Damaged` and `data.DataMissing`.
     """
-    workdir, out = pathlib.Path(workdir).expanduser(), pathlib.Path(out).expanduser().resolve()
+    workdir, out = local_path("WORKDIR", workdir), local_path("OUT", out).resolve()
     if batch_norm not in BATCH_NORM:
         raise ValueError(f"`--batch_norm` must be one of {', '.join(BATCH_NORM)}, got {batch_norm!r}.")
     if examples < 1:
@@ -221,9 +223,9 @@ def measured(workdir: pathlib.Path, restored: Restored, own: PyTree, params: PyT
     as_it_is = program.algorithm._replace(model=lambda params, state: params)
     alone = jax.tree.map(lambda x: x[None], TrainState(params, model_state, ()))
     row = make_evaluate(program.predict, as_it_is, 1)(step, alone, batches())
-    rows = report.read_rows(workdir, step) if (workdir / report.METRICS).is_file() else []
+    rows = read_rows(workdir, step) if (workdir / METRICS).is_file() else []
     if rows and rows[-1]["step"] == step and "eval/workers/accuracy" in rows[-1]:
-        workers, source = rows[-1], f"from the run's `{report.METRICS}`"
+        workers, source = rows[-1], f"from the run's `{METRICS}`"
     else:
         workers = make_evaluate(program.predict, program.algorithm, record["num_workers"])(
             step, restored.state, batches()

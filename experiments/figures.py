@@ -20,6 +20,7 @@ if not __package__:  # as a script
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from experiments import csv_rows
+from experiments.paths import local_path
 from experiments.studies.study import FINAL, TUNING, Row, run_of
 
 PAPER = pathlib.Path(__file__).parent / "results" / "paper.csv"
@@ -50,22 +51,27 @@ Accuracies = Mapping[str, Mapping[int, float]]  # of arms, by seed
 def main(argv: Sequence[str]) -> int:
     """Draw what there are results for; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=pathlib.Path, default=PAPER.parent)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the PNGs")
+    parser.add_argument("--results", default=PAPER.parent)
+    parser.add_argument("--out", required=True, help="folder for the PNGs")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        results, out = local_path("--results", args.results), local_path("--out", args.out)
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     paper = csv_rows.read(PAPER)
     for name, draw in STUDIES.items():
-        found = final_accuracies(csv_rows.read(args.results / f"{name}.csv"))
+        found = final_accuracies(csv_rows.read(results / f"{name}.csv"))
         if not found:
             print(f"{name}: no results")
             continue
         figure = draw(found, paper)
-        figure.savefig(args.out / f"{name}.png", dpi=110)
-        print(f"\n{name}: {args.out / f'{name}.png'}\n{table(found)}")
-    if tuning := tuning_accuracies(csv_rows.read(args.results / "batch.csv")):
-        draw_rates(tuning, paper).savefig(args.out / "rates.png", dpi=110)
-        print(f"\nlearning rates: {args.out / 'rates.png'}")
+        figure.savefig(out / f"{name}.png", dpi=110)
+        print(f"\n{name}: {out / f'{name}.png'}\n{table(found)}")
+    if tuning := tuning_accuracies(csv_rows.read(results / "batch.csv")):
+        draw_rates(tuning, paper).savefig(out / "rates.png", dpi=110)
+        print(f"\nlearning rates: {out / 'rates.png'}")
     return 0
 
 

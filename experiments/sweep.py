@@ -26,6 +26,7 @@ if not __package__:  # as a script
 import crossover_jax as cj
 from experiments import csv_rows, data, processes
 from experiments.evaluate import make_evaluate
+from experiments.paths import local_path
 from experiments.program import make_program, steps_of, train_batches, wire_bytes_per_step
 from experiments.settings import check_settings
 from experiments.step import Diverged
@@ -56,19 +57,19 @@ def main(argv: Sequence[str]) -> int:
     """Run what is missing; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=pathlib.Path, help="a Python file with get_study()")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="CSV")
+    parser.add_argument("--out", required=True, help="CSV")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--lanes", type=int, default=1, help="runs that one call trains")
     parser.add_argument("--seeds", type=int, help="of final runs, instead of the study's own number")
     parser.add_argument("--arms", type=lambda text: text.split(","), help="only these")
     args = parser.parse_args(argv)
     try:
+        out = local_path("--out", args.out)
         study = load_study(args.study)
         study.config.dataset.data_dir = args.data_dir
-        study = study._replace(
-            seeds=args.seeds or study.seeds, arms=select_arms(study.arms, args.arms) if args.arms else study.arms
-        )
-        rows = run_missing_runs(study, args.out, args.lanes)
+        arms = select_arms(study.arms, args.arms) if args.arms else study.arms
+        study = study._replace(seeds=args.seeds or study.seeds, arms=arms)
+        rows = run_missing(study, out, args.lanes)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run_missing_runs(study: Study, out: pathlib.Path, lanes: int) -> list[Row]:
+def run_missing(study: Study, out: pathlib.Path, lanes: int) -> list[Row]:
     """All rows of the study, those in `out` and those of the runs that were missing there."""
     rows, trained, began = csv_rows.read(out), 0, time.perf_counter()
     while runs := missing_runs(study, rows):

@@ -23,12 +23,13 @@ if not __package__:  # `python experiments/train.py`: import from the folder abo
 
 import crossover_jax as cj
 from experiments import checkpoint, data, flags, processes, report
-from experiments.checkpoint import Checkpoints
+from experiments.checkpoint import Checkpoints, NotSaved
 from experiments.evaluate import make_evaluate
 from experiments.program import Program, make_program, place_workers, steps_of, train_batches, wire_bytes_per_step
 from experiments.resume import SAME, Resume, Start, as_json, first_or_restored
 from experiments.settings import check_settings, device_counts, fingerprint, run_identity, versions
 from experiments.step import Diverged, TrainState, fetch
+from experiments.workdir import locked, open_workdir, require_no_rows
 
 PyTree = Any
 
@@ -61,20 +62,20 @@ def train(
     """Run the experiment on `devices` (default: all); the workers' last state and the rows of metrics.
 
     Where `workdir` has checkpoints of this config, the run goes on behind the newest whole one. Raises `ValueError` for
-    settings that do not fit together or not what the checkpoints were made with, `data.DataMissing`, `Diverged`, and
-    `Preempted` after SIGTERM.
+    settings that do not fit together or not what the checkpoints were made with, `data.DataMissing`, `Diverged`,
+    `NotSaved` and `report.Unwritten` where nothing would be left, and `Preempted` after SIGTERM.
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         with processes.agreement() as fields:  # at once, not after minutes of reading data
             fields |= run_identity(config)
-            workdir = report.open_workdir(workdir)
+            workdir = open_workdir(workdir)
             if processes.is_first():
-                stack.enter_context(report.locked(workdir))
+                stack.enter_context(locked(workdir))
             processes.log_to(workdir)
             fields["checkpoints"] = checkpoint.steps(workdir)
             if not fields["checkpoints"] or not config.checkpoint.every:
-                report.require_no_rows(workdir)
+                require_no_rows(workdir)
         with processes.agreement() as fields:
             check_settings(config)
             workers = place_workers(config, jax.devices() if devices is None else devices)
@@ -191,6 +192,7 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
                     raise Preempted(f"ended at step {step} of {job.num_steps} by SIGTERM: {left(saves, step)}")
             if saves is not None:
                 saves.wait()
+        log.end()
     return state, log
 
 
@@ -254,7 +256,7 @@ def main(argv: list[str]) -> None:
     except Preempted as error:
         processes.say(str(error))
         sys.exit(processes.PREEMPTED)  # a regular exit, for which all processes wait
-    except (ValueError, data.DataMissing, Diverged, processes.Disagreement) as error:
+    except (ValueError, data.DataMissing, Diverged, NotSaved, report.Unwritten, processes.Disagreement) as error:
         logging.debug("", exc_info=True)
         processes.leave(f"error: {error}")
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ import pytest
 
 import crossover_jax as cj
 from experiments import checkpoint, data, flags, processes, program, report, resume, settings, train
+from experiments import workdir as workdir_module
 from experiments.algorithms import ALGORITHMS
 from experiments.configs import fashion_mnist
 from experiments.resume import Resume
@@ -529,7 +530,7 @@ with processes.Preemption() as preemption:
 def test_one_run_at_a_time(undisturbed, config):
     workdir = undisturbed[0]
     with (
-        report.locked(workdir),
+        workdir_module.locked(workdir),
         pytest.raises(ValueError, match=r"`workdir` must be of one run at a time, got .* where another runs"),
     ):
         train.train(changed(config), workdir)
@@ -647,6 +648,53 @@ def test_what_cannot_be_written_is_said_and_the_run_goes_on(config, undisturbed,
     assert "Traceback" not in done.stderr
     assert checkpoint.steps(workdir) == [4]
     assert lasting(read_rows(workdir)) == lasting(undisturbed[2])
+
+
+def fill_the_disk(monkeypatch, from_step=0):
+    """Saves of `from_step` and later fail in orbax' thread, as those on a full disk do."""
+    write = ocp.PyTreeCheckpointHandler.async_save
+
+    async def refuse(self, directory, *args, **kwargs):
+        if int(directory.parent.name.split(".")[0]) >= from_step:
+            raise OSError(28, "No space left on device")
+        return await write(self, directory, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", refuse)
+
+
+def test_a_run_whose_first_checkpoint_cannot_be_written_does_not_go_on(config, tmp_path, monkeypatch):
+    fill_the_disk(monkeypatch)
+    with pytest.raises(checkpoint.NotSaved, match=r"^the first checkpoint, of step 0, could not be saved, so the run "):
+        train.train(changed(config), tmp_path)
+    assert checkpoint.steps(tmp_path) == []
+    assert read_rows(tmp_path) == []  # the same command may be given again
+    monkeypatch.undo()
+    _, rows = train.train(changed(config), tmp_path)
+    assert rows[-1]["step"] == STEPS
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_made_is_one_sentence(config, tmp_path):
+    (tmp_path / checkpoint.FOLDER).touch()
+    with pytest.raises(checkpoint.NotSaved, match=r"/checkpoints must be a folder that can be written: ") as error:
+        train.train(changed(config), tmp_path)
+    assert "\n" not in str(error.value)
+    assert read_rows(tmp_path) == []
+
+
+def test_rows_that_could_not_be_written_at_the_end_are_an_error(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").touch()
+    log = report.Log(tmp_path, title="", num_steps=2, batch_size=1, steps_per_epoch=1, wire_bytes_per_step=0)
+    monkeypatch.setattr(report, "append", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    log.add({"loss": np.ones((1, 2)), "accuracy": np.ones((1, 2))})
+    log.row(1)
+    with pytest.raises(
+        report.Unwritten, match=r"^the last 1 rows of metrics\.jsonl could not be written: No space left"
+    ):
+        log.end()
+    monkeypatch.undo()
+    log.end()
+    assert [row["step"] for row in read_rows(tmp_path)] == [1]
+    log.close()
 
 
 def test_rows_that_a_full_disk_refused_are_written_with_the_next(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from experiments import sweep, train
+from experiments import csv_rows, sweep, train
 from experiments.configs import fashion_mnist
 from experiments.studies import study as study_module
 from experiments.studies.study import (
@@ -35,7 +35,6 @@ def small_config():
     config = fashion_mnist.get_config()
     config.model.name, config.model.options = "mlp", {"hidden": (8,), "dropout": 0.1}
     config.num_workers, config.batch_size, config.eval_batch_size, config.steps = 4, 64, 5000, STEPS
-    config.crossover.pool_size = 3
     return config
 
 
@@ -145,3 +144,14 @@ def test_a_study_from_the_command_line_and_what_is_there_is_not_run_again(data_d
     monkeypatch.setattr(sweep, "train", None)
     assert sweep.main([*argv, "--arms=nobody"]) == 1
     assert "must be among crossover, allreduce" in capsys.readouterr().err
+
+
+def test_a_row_that_a_dying_process_left_unfinished_is_none_and_spoils_no_other(tmp_path):
+    path, columns = tmp_path / "rows.csv", ("arm", "accuracy", "code")
+    csv_rows.append(path, [{"arm": "a", "accuracy": 0.5, "code": "abc"}], columns)
+    whole = path.read_bytes()
+    for torn in (b"b", b"b,0.7", b"b,0.7,ab"):
+        path.write_bytes(whole + torn)
+        assert csv_rows.read(path) == [{"arm": "a", "accuracy": 0.5, "code": "abc"}]
+        csv_rows.append(path, [{"arm": "c", "accuracy": "", "code": "def"}], columns)
+        assert [row["arm"] for row in csv_rows.read(path)] == ["a", "c"]

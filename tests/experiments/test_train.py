@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -12,18 +13,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import crossover_jax as cj
-from experiments import algorithms, data, flags, models, optimizers, processes, program, report, settings, train
+from experiments import (
+    algorithms,
+    data,
+    export,
+    figures,
+    flags,
+    models,
+    optimizers,
+    processes,
+    program,
+    report,
+    settings,
+    sweep,
+    train,
+)
 from experiments.algorithms import ALGORITHMS
 from experiments.configs import default, fashion_mnist
+from experiments.data import builders
 from experiments.data.convert import read_tfrecord
 from experiments.optimizers import make_optimizer, make_schedule
 from experiments.settings import check_settings
 from experiments.step import Diverged
 
+ROOT = pathlib.Path(__file__).parents[2]
 N, STEPS, BATCH, EXAMPLES = 8, 3, 64, 1100
 TRAIN_KEYS = {"step", "epoch", "train/loss", "train/accuracy", "examples_per_second", "wire_bytes_per_step"}
 EVAL_KEYS = {
@@ -496,6 +514,69 @@ def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"`workdir` must be a folder that can be written, got .*/file/run: Not a dir"):
         train.train(config, tmp_path / "file" / "run")
+
+
+URLS = ["gs://bucket/run", "s3://bucket/run", "hdfs://host:9000/run", "file:///tmp/run"]
+
+
+@pytest.mark.parametrize("url", [*URLS, pathlib.PurePath("gs://bucket/run"), epath.Path("gs://bucket/run")], ids=str)
+def test_a_workdir_that_is_a_url_is_refused_at_once(url, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^`workdir` must be a path of this machine, got \w+:/.*: .* mount the bucket"
+    ):
+        train.train(config, url)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_no_command_writes_to_a_url(url, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "load_study", lambda path: pytest.fail("begun"))
+    with pytest.raises(SystemExit, match="error: `WORKDIR` must be a path of this machine"):
+        export.main([url, "out"])
+    with pytest.raises(SystemExit, match="error: `OUT` must be a path of this machine"):
+        export.main(["run", url])
+    for main, argument, argv in (
+        (sweep.main, "--out", ["study.py", f"--out={url}"]),
+        (figures.main, "--out", [f"--out={url}"]),
+        (figures.main, "--results", [f"--results={url}", "--out=here"]),
+    ):
+        assert main(argv) == 1
+        assert f"error: `{argument}` must be a path of this machine, got {url}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_are_not_prepared_in_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(builders, "find", lambda name, data_dir: None)
+    with pytest.raises(ValueError, match="`data_dir` must be a path of this machine, got gs://bucket/data"):
+        builders.prepare("fashion_mnist", data_dir="gs://bucket/data")
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from experiments import data, train
+sys.argv[0] = "train.py"
+batches = data.train_batches
+def until_the_fourth(*args, **kwargs):
+    for step, batch in enumerate(batches(*args, **kwargs), start=1):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+data.train_batches = until_the_fourth
+train.app.run(train.main, flags_parser=train.flags.parse_flags)
+"""
+
+
+def test_a_killed_run_leaves_every_row_to_tensorboard_too(config, tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments(config, tmp_path), "--config.steps=6"], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    rows = read_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    values = {(tag, row["step"]): value for row in rows for tag, value in row.items() if tag != "step"}
+    assert scalars(tmp_path / "run") == pytest.approx(values, rel=1e-6)
 
 
 # ---- the command line ----
