@@ -96,7 +96,9 @@ class Checkpoints:
             lightweight_initialize=True,  # damage to an old one must not end the run
         )
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)  # orbax would do so in a thread, and tell pages of a failure
+            self._folder.mkdir(
+                parents=True, exist_ok=True
+            )  # orbax would do so in a thread, and tell pages of a failure
         except OSError as error:
             raise NotSaved(f"{self._folder} must be a folder that can be written: {error.strerror}.") from None
         self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)

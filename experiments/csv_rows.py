@@ -6,20 +6,20 @@ A process may be killed while it writes: what it had written before stays, and a
 import csv
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
 
 
-def read(path: pathlib.Path) -> list[Row]:
-    """The rows of earlier calls, numbers as numbers; none where there is no file."""
+def read(path: pathlib.Path, parse: Callable[[str], Any] | None = None) -> list[Row]:
+    """The rows of earlier calls, their cells by `parse`, or numbers as numbers; none where there is no file."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
     return [
-        {name: number(text) for name, text in row.items()}
+        {name: (parse or number)(text) for name, text in row.items()}
         for row in csv.DictReader(whole)
         if None not in row and None not in row.values()
     ]

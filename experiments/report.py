@@ -1,4 +1,10 @@
-"""What a run shows and leaves behind: a progress bar, `metrics.jsonl`, TensorBoard events, `curves.png` and a table."""
+"""What a run shows and leaves behind: a progress bar, rows of metrics for people and programs, curves and a table.
+
+workdir/metrics.jsonl   a row of metrics a line
+workdir/events.*        the same for TensorBoard
+workdir/status.json     where the run is: the step that it went on from, and the one of its last row
+workdir/curves.png      accuracy, loss and consensus distance
+"""
 
 import contextlib
 import json
@@ -15,7 +21,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from experiments import processes
-from experiments.workdir import METRICS, Row, append, read_rows, rewrite
+from experiments.workdir import METRICS, STATUS, Row, append, read_rows, rewrite
 
 EVENTS = "TensorBoard's file"
 
@@ -82,6 +88,8 @@ class Log:
         self._wire_bytes = wire_bytes_per_step
         if workdir is not None:
             rewrite(workdir / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._status = {"began": time.time(), "start": first_step, "step": first_step, "num_steps": num_steps}
+            rewrite(workdir / STATUS, json.dumps(self._status))  # behind the rows: who sees it sees those of this run
             self._events = Events(workdir, first_step)
         self._unwritten = ""
         self._bar = tqdm(
@@ -168,6 +176,9 @@ class Log:
         with saying(METRICS):
             append(path, self._unwritten)
             self._unwritten = ""  # else of a full disk: with the next row
+        self._status["step"] = row["step"]
+        with saying(STATUS):
+            rewrite(path.with_name(STATUS), json.dumps(self._status))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 TRAIN = pathlib.Path(__file__).resolve().parents[1] / "train.py"
-PREEMPTED = 75  # as in experiments/processes.py, which would import JAX here
+PREEMPTED = 75  # as in experiments/processes/preemption.py, which would import JAX here
 POLL = 0.1  # seconds; who fails between two looks has failed at once
 # Linux kills a process that asks for it when its parent dies: what was killed by SIGKILL leaves no processes behind.
 # Asked for by the child itself, before it becomes train.py: `preexec_fn` would run between fork and exec, where the
