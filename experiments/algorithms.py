@@ -28,7 +28,7 @@ def make_algorithm(
 
 def own_keys(config: ml_collections.ConfigDict) -> Mapping[str, Any]:
     """The group of keys of the chosen algorithm; empty for those that have none."""
-    return config.get(config.algorithm, {})
+    return config.get(config.algorithm) or {}
 
 
 def _crossover(

@@ -61,14 +61,19 @@ def make_evaluate(
         fetch(step, [{"evaluation loss": np.ravel(loss if of_each is None else of_each[1]) / count}])
         row = {"eval/mean/accuracy": float(right / count), "eval/mean/loss": float(loss / count)}
         if of_each is not None:
-            row |= {
-                "eval/workers/accuracy": float(of_each[0].mean() / count),
-                "eval/workers/accuracy_min": float(of_each[0].min() / count),
-                "eval/workers/accuracy_max": float(of_each[0].max() / count),
-            }
+            row |= _accuracies(of_each[0], count)
         return {**row, "consensus_distance": float(jax.device_get(distance))}
 
     return evaluate
+
+
+def _accuracies(right: np.ndarray, count: int) -> dict[str, float]:
+    """Of the workers' own models, from how many of all labels each has right."""
+    return {
+        "eval/workers/accuracy": float(right.mean() / count),
+        "eval/workers/accuracy_min": float(right.min() / count),
+        "eval/workers/accuracy_max": float(right.max() / count),
+    }
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
+from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
 from tqdm import tqdm
 
 from experiments import processes
@@ -39,7 +39,7 @@ class Events:
     def __init__(self, workdir: pathlib.Path, first_step: int):
         self._writer = EventsWriter(str(workdir / "events"))
         if first_step:  # TensorBoard then forgets what an earlier process wrote of later steps
-            start = SessionLog(status=SessionLog.START)  # pyrefly: ignore
+            start = SessionLog(status=SessionLog.START)
             self._write(Event(step=first_step + 1, session_log=start))
         self._writer.flush()
 

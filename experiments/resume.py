@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,34 +53,19 @@ def first_or_restored(
 ) -> Start:
     """The newest whole checkpoint of `workdir`, or the first state where there is none; damaged ones are set aside.
 
-    `provenance` is versions and digests, compared with what the checkpoint recorded. All processes
-    must call this. Raises `ValueError` for a config that the checkpoint was not made with, and if all are damaged.
+    `provenance` is versions and digests, compared with what the checkpoint recorded. All processes must call this.
+    Raises `ValueError` for a config that the checkpoint was not made with, and if all are damaged.
     """
-    damaged: list[int] = []
-    for step in reversed(checkpoint.steps(workdir)):
-        state: TrainState | Any = None
-        record: dict[str, Any] = {}
-        error = None
-        try:
-            record = checkpoint.read_record(workdir, step)
-            check_config(record["config"], as_json(config) | {"data": provenance["data"]}, resume)
-            like = _like(record, config, program, train_set, workers)
-            state = checkpoint.restore(workdir, record, like)
-        except (Damaged, ValueError) as caught:
-            error = caught
-        message = processes.failures(error)
-        if isinstance(error, ValueError):
-            raise error
-        if not message:
-            try:
-                checkpoint.verify(record, state)
-            except Damaged as caught:
-                message = str(caught)
-        if not message:
-            break
-        processes.say(f"WARNING: the checkpoint of step {step} is damaged: {message}")
-        damaged.append(step)
-    else:
+    now = as_json(config) | {"data": provenance["data"]}
+
+    def attempt(step: int) -> tuple[dict[str, Any], TrainState]:
+        return _restored(workdir, step, now, resume, lambda record: _like(record, config, program, train_set, workers))
+
+    def tell(step: int, error: Damaged) -> None:
+        processes.say(f"WARNING: the checkpoint of step {step} is damaged: {error}")
+
+    found, damaged = checkpoint.newest_whole(workdir, attempt, tell)
+    if found is None:
         if damaged:
             raise ValueError(
                 f"`workdir` must hold a whole checkpoint, got {workdir} where all {len(damaged)} are damaged; nothing "
@@ -89,19 +74,53 @@ def first_or_restored(
         state = cj.copies(program.init, workers, specs=program.specs)
         cj.check_copies(state)
         return Start(state)
+    record, state = found
     if damaged:
-        if processes.is_first():
-            checkpoint.set_aside(workdir, damaged)
-        processes.failures(None)  # wait for it
-        processes.say(f"going back to step {record['step']}; the damaged are in {workdir / checkpoint.DAMAGED}")
+        _set_aside(workdir, damaged, record["step"])
     if record["num_workers"] == config.num_workers:
-        for name, value in provenance.items():
-            if (was := record["provenance"].get(name)) != value:
-                processes.say(f"WARNING: {name} is {value}, the checkpoint was made with {was}: not the same bits")
+        _warn_of_differences(provenance, record["provenance"])
     else:
         assert resume.matrix is not None  # or the config had been refused
         state = _resized(state, record["num_workers"], config, resume.matrix, program, workers)
     return Start(state, record["step"], record["rollbacks"], record["best"] and tuple(record["best"]), record["log"])
+
+
+def _restored(
+    workdir: pathlib.Path,
+    step: int,
+    now: dict[str, Any],
+    resume: Resume,
+    like: Callable[[dict[str, Any]], TrainState],
+) -> tuple[dict[str, Any], TrainState]:
+    """Record and state of one checkpoint. All processes raise `Damaged` if it is so for one of them."""
+    record, state, error = {}, None, None
+    try:
+        record = checkpoint.read_record(workdir, step)
+        check_config(record["config"], now, resume)
+        state = checkpoint.restore(workdir, record, like(record))
+    except (Damaged, ValueError) as caught:
+        error = caught
+    message = processes.failures(error)
+    if isinstance(error, ValueError):
+        raise error
+    if message:
+        raise Damaged(message)
+    checkpoint.verify(record, state)
+    assert state is not None
+    return record, state
+
+
+def _set_aside(workdir: pathlib.Path, damaged: Sequence[int], step: int) -> None:
+    if processes.is_first():
+        checkpoint.set_aside(workdir, damaged)
+    processes.failures(None)  # wait for it
+    processes.say(f"going back to step {step}; the damaged are in {workdir / checkpoint.DAMAGED}")
+
+
+def _warn_of_differences(provenance: dict[str, Any], recorded: dict[str, Any]) -> None:
+    for name, value in provenance.items():
+        if (was := recorded.get(name)) != value:
+            processes.say(f"WARNING: {name} is {value}, the checkpoint was made with {was}: not the same bits")
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def require_known(key: str, name: str, names: Iterable[str]) -> None:
 
 
 def _check_names(config: ml_collections.ConfigDict) -> None:
-    known = {"dataset.name": data.DATASETS, "model.name": models.MODELS, **CHOICES}
+    known: dict[str, Iterable[str]] = {"dataset.name": data.DATASETS, "model.name": models.MODELS, **CHOICES}
     known |= {"crossover.pool": POOLS, "crossover.cut": CUTS}
     if config.crossover.wire is not None:
         known["crossover.wire"] = WIRES

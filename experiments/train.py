@@ -67,56 +67,18 @@ def train(
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        with processes.agreement() as fields:  # at once, not after minutes of reading data
-            fields |= run_identity(config)
-            workdir = open_workdir(workdir)
-            if processes.is_first():
-                stack.enter_context(locked(workdir))
-            processes.log_to(workdir)
-            fields["checkpoints"] = checkpoint.steps(workdir)
-            if not fields["checkpoints"] or not config.checkpoint.every:
-                require_no_rows(workdir)
-        with processes.agreement() as fields:
-            check_settings(config)
-            workers = place_workers(config, jax.devices() if devices is None else devices)
-            sequence = config.dataset.sequence
-            load = partial(data.load, config.dataset.name, data_dir=config.dataset.data_dir, sequence=sequence)
-            train_set, eval_set = load(config.dataset.train_split), load(config.dataset.eval_split)
-            steps_per_epoch = len(train_set) / config.batch_size
-            num_steps = steps_of(config, train_set)
-            program = make_program(config, train_set, workers, num_steps)
-            fields |= fingerprint(config, program, train_set, eval_set)
-        provenance = {**versions(), **fields, "devices of each process": device_counts()}
-
-        def batches(first_step: int, rollbacks: int) -> Iterator[PyTree]:
-            return map(program.place_batch, train_batches(config, train_set, program.batch_part, first_step, rollbacks))
-
-        evaluate = make_evaluate(program.predict, program.algorithm, workers, program.specs)
-        eval_batches = partial(data.eval_batches, eval_set, batch_size=config.eval_batch_size)
-        like = cj.abstract_copies(program.shapes, workers, specs=program.specs)
-        compiled = program.step.lower(like, next(batches(0, 0)), program.place_step(0)).compile()
-        job = Job(
-            config,
-            workdir,
-            program,
-            compiled,
-            batches,
-            lambda step, state: evaluate(step, state, eval_batches()),
-            num_steps,
-            steps_per_epoch,
-            provenance,
-        )
-        start_from = partial(first_or_restored, workdir, config, program, train_set, workers, provenance, resume)
+        workdir = open_run(config, workdir, stack)
+        job, start_from = set_up(config, workdir, devices, resume)
         start, attempt = start_from(), 0
-        if start.step > num_steps:
+        if start.step > job.num_steps:
             raise ValueError(
                 f"`config.steps` must be at least the {start.step} that the run in `workdir` has behind it, got "
-                f"{num_steps}."
+                f"{job.num_steps}."
             )
         setup = time.perf_counter() - began
         many = f"{jax.process_count()} processes, {jax.device_count()} devices, " if jax.process_count() > 1 else ""
         behind = f" behind step {start.step}" if start.step else ""
-        processes.say(f"{many}set up in {setup:.0f} s; training {num_steps - start.step} steps{behind}")
+        processes.say(f"{many}set up in {setup:.0f} s; training {job.num_steps - start.step} steps{behind}")
         while True:
             try:
                 state, log = run(job, start)
@@ -131,6 +93,51 @@ def train(
     if log.rows:  # none on the other processes of a run that had ended
         processes.say(report.table(results(config, log, setup)))
     return state, log.rows
+
+
+def open_run(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path, stack: contextlib.ExitStack
+) -> pathlib.Path:
+    """The folder, which is this run's alone until `stack` ends; all processes agree on config, code and versions."""
+    with processes.agreement() as fields:  # at once, not after minutes of reading data
+        fields |= run_identity(config)
+        folder = open_workdir(workdir)
+        if processes.is_first():
+            stack.enter_context(locked(folder))
+        processes.log_to(folder)
+        fields["checkpoints"] = checkpoint.steps(folder)
+        if not fields["checkpoints"] or config.checkpoint.every is None:
+            require_no_rows(folder)
+    return folder
+
+
+def set_up(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Sequence[jax.Device] | None, resume: Resume
+) -> tuple[Job, Callable[[], Start]]:
+    """The job with its compiled step, and where it starts from; all processes agree on what the settings become."""
+    with processes.agreement() as fields:
+        check_settings(config)
+        workers = place_workers(config, jax.devices() if devices is None else devices)
+        sequence = config.dataset.sequence
+        load = partial(data.load, config.dataset.name, data_dir=config.dataset.data_dir, sequence=sequence)
+        train_set, eval_set = load(config.dataset.train_split), load(config.dataset.eval_split)
+        num_steps = steps_of(config, train_set)
+        program = make_program(config, train_set, workers, num_steps)
+        fields |= fingerprint(config, program, train_set, eval_set)
+    provenance = {**versions(), **fields, "devices of each process": device_counts()}
+
+    def batches(first_step: int, rollbacks: int) -> Iterator[PyTree]:
+        return map(program.place_batch, train_batches(config, train_set, program.batch_part, first_step, rollbacks))
+
+    def evaluate(step: int, state: TrainState) -> report.Row:
+        return evaluate_on(step, state, data.eval_batches(eval_set, batch_size=config.eval_batch_size))
+
+    evaluate_on = make_evaluate(program.predict, program.algorithm, workers, program.specs)
+    like = cj.abstract_copies(program.shapes, workers, specs=program.specs)
+    step = program.step.lower(like, next(batches(0, 0)), program.place_step(0)).compile()
+    per_epoch = len(train_set) / config.batch_size
+    job = Job(config, workdir, program, step, batches, evaluate, num_steps, per_epoch, provenance)
+    return job, partial(first_or_restored, workdir, config, program, train_set, workers, provenance, resume)
 
 
 def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:

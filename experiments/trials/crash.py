@@ -102,6 +102,11 @@ def main(argv: Sequence[str]) -> int:
         if not args.workdir:
             with contextlib.suppress(OSError):
                 root.rmdir()
+    return conclude(rows)
+
+
+def conclude(rows: Sequence[dict[str, str]]) -> int:
+    """Print what became of all trials; 1 if one failed."""
     print(f"\n{summary(rows)}")
     equal = sum(row["verdict"] == EQUAL for row in rows)
     redone = max((int(row["redone"]) for row in rows), default=0)

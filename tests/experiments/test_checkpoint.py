@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import crossover_jax as cj
-from experiments import checkpoint, data, flags, processes, program, report, resume, settings, train
+from experiments import checkpoint, checksums, data, flags, processes, program, report, resume, settings, train
 from experiments import workdir as workdir_module
 from experiments.algorithms import ALGORITHMS
 from experiments.configs import fashion_mnist
@@ -449,7 +449,7 @@ def test_checksums_are_numpys_however_the_leaf_lies(dtype):
     mesh = cj.make_mesh(4, {"fsdp": 2}, devices=jax.devices()[:8])
     for spec in (None, jax.P("worker"), jax.P("worker", "fsdp"), jax.P(None, "fsdp", "worker")):
         placed = leaf if spec is None else jax.device_put(leaf, jax.NamedSharding(mesh, spec))
-        of_leaves, of_workers, finite = checkpoint._inspect({"x": placed})
+        of_leaves, of_workers, finite = checksums.inspect({"x": placed})
         np.testing.assert_array_equal(of_workers, expected)
         np.testing.assert_array_equal(of_leaves[0], expected.sum(0, dtype=np.uint32))
         assert np.asarray(finite).all()
@@ -457,14 +457,14 @@ def test_checksums_are_numpys_however_the_leaf_lies(dtype):
 
 def test_no_flipped_bit_and_no_exchange_goes_unseen():
     leaf = np.asarray(jax.random.normal(jax.random.key(0), (2, 5)))
-    sums = np.asarray(jax.jit(checkpoint._checksums)(leaf))
+    sums = np.asarray(jax.jit(checksums._checksums)(leaf))
     for i in range(2 * 5 * 32):
         other = leaf.copy()
         other.view(np.uint32).flat[i // 32] ^= np.uint32(1 << i % 32)
-        differ = (np.asarray(jax.jit(checkpoint._checksums)(other)) != sums).any(-1)
+        differ = (np.asarray(jax.jit(checksums._checksums)(other)) != sums).any(-1)
         assert differ.tolist() == [i < 5 * 32, i >= 5 * 32]
-    assert (np.asarray(checkpoint._checksums(leaf[::-1])) != sums).any()
-    assert (np.asarray(checkpoint._checksums(leaf[:, ::-1])) != sums).any()
+    assert (np.asarray(checksums._checksums(leaf[::-1])) != sums).any()
+    assert (np.asarray(checksums._checksums(leaf[:, ::-1])) != sums).any()
 
 
 # ---- signals, and two runs at once ----

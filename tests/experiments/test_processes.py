@@ -15,7 +15,8 @@ import pytest
 from experiments import processes, train
 from experiments.configs import fashion_mnist
 from experiments.launch import local
-from experiments.program import fingerprint, make_program
+from experiments.program import make_program
+from experiments.settings import fingerprint
 
 FLAGS = [
     "--config.num_workers=8",
