@@ -99,6 +99,8 @@ def test_a_run_resumed_is_the_run_that_was_never_stopped(name, config, tmp_path)
     assert checkpoint.steps(tmp_path / "whole") == [4, 6]
     workdir = stopped_at(4, tmp_path / "whole", tmp_path / "stopped")
     again, resumed_rows = train.train(config, workdir, devices=devices)
+    status = json.loads((workdir / "status.json").read_text())
+    assert (status["start"], status["step"], status["num_steps"]) == (4, 6, 6)
     assert_same_bits(state, again)
     assert [row["step"] for row in rows] == [3, 6]
     assert lasting(rows) == lasting(resumed_rows) == lasting(read_rows(workdir))

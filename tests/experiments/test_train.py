@@ -331,6 +331,8 @@ def test_a_loss_that_is_nan_stops_the_run_and_leaves_what_was_written(config, tm
 def test_rows_are_written_at_once_and_an_interrupt_leaves_them(config, tmp_path, monkeypatch):
     def interrupt(batch):
         assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
+        status = json.loads((tmp_path / "status.json").read_text())
+        assert (status["start"], status["step"], status["num_steps"]) == (0, 3, 6)
         raise KeyboardInterrupt
 
     spoil(monkeypatch, 4, interrupt)
@@ -614,8 +616,18 @@ def test_the_command_trains_and_ends_with_a_table(config, tmp_path):
     assert "dataset_info.py" not in done.stderr
 
 
-def test_the_command_names_a_misspelt_key_in_one_line(tmp_path):
-    done = command(f"--workdir={tmp_path}", "--config.schedule.learnig_rate=1")
+@pytest.mark.parametrize(
+    "way", [["experiments/train.py"], ["-m", "experiments.train"], ["experiments/preflight.py"]], ids=" ".join
+)
+def test_as_a_script_and_as_a_module_a_misspelt_key_is_one_line(way, tmp_path):
+    """A script is started from another folder: what it imports lies beside it, not where one stands."""
+    script = [os.fspath(ROOT / way[0])] if len(way) == 1 else way
+    done = subprocess.run(
+        [sys.executable, *script, f"--workdir={tmp_path}", "--config.schedule.learnig_rate=1"],
+        cwd=tmp_path if len(way) == 1 else ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
