@@ -26,6 +26,7 @@ from experiments import processes
 from experiments.launch import local
 from experiments.settings import check_settings
 
+pytestmark = pytest.mark.tools
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments/launch"
 SHELL = [LAUNCH / name for name in ("slurm.sbatch", "openmpi.sh", "by_hand.sh", "tpu_pod.sh")]

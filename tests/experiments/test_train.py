@@ -1,11 +1,8 @@
 """`train` end to end, on the real Fashion-MNIST."""
 
-import doctest
 import json
 import math
-import os
 import pathlib
-import signal
 import subprocess
 import sys
 
@@ -13,36 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
 
 import crossover_jax as cj
 from experiments import (
-    algorithms,
     data,
-    export,
-    figures,
     flags,
     models,
-    optimizers,
-    processes,
     program,
     report,
-    settings,
-    sweep,
     train,
 )
-from experiments.algorithms import ALGORITHMS
-from experiments.configs import default, fashion_mnist
-from experiments.data import builders
-from experiments.data.convert import read_tfrecord
+from experiments.algorithms import ALGORITHMS, make_algorithm
 from experiments.optimizers import make_optimizer, make_schedule
 from experiments.settings import check_settings
 from experiments.step import Diverged
+from tests.experiments.helpers import BATCH, STEPS, arguments, changed, read_rows, scalars, small_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-N, STEPS, BATCH, EXAMPLES = 8, 3, 64, 1100
+N = 8
 TRAIN_KEYS = {"step", "epoch", "train/loss", "train/accuracy", "examples_per_second", "wire_bytes_per_step"}
 EVAL_KEYS = {
     "eval/mean/accuracy",
@@ -56,35 +42,7 @@ EVAL_KEYS = {
 
 @pytest.fixture
 def config(data_dir):
-    """A small model, few steps, a row for each; the last batch of the evaluation is half empty."""
-    config = fashion_mnist.get_config()
-    small = {"data_dir": os.fspath(data_dir), "eval_split": f"test[:{EXAMPLES}]"}
-    config.dataset.update(small)
-    config.model.name, config.model.options = "mlp", {"hidden": (32,)}
-    config.batch_size, config.steps, config.log_every, config.eval_batch_size = BATCH, STEPS, 1, 200
-    config.simulate, config.schedule.learning_rate, config.checkpoint.every = "yes", 0.02, None
-    return config.lock()
-
-
-def changed(config, **changes):
-    """`config` with `sgp__peers=` and so on."""
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return config
-
-
-def read_rows(workdir):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def scalars(workdir):
-    """{(tag, step): value} of the TensorBoard events."""
-    (path,) = workdir.glob("events.out.tfevents.*")
-    events = [Event.FromString(record) for record in read_tfrecord(path)]
-    return {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
+    return small_config(data_dir)
 
 
 def check_picture(path):
@@ -175,7 +133,17 @@ def test_all_algorithms_are_here():
 
 
 @pytest.mark.parametrize("name", WIRE_BYTES)
-def test_every_algorithm_trains_and_reports_what_numpy_finds(name, config, tmp_path, data_dir):
+def test_every_algorithm_sends_so_many_bytes(name, config):
+    config = changed(config, **algorithm_keys(name))
+    build = lambda: models.build("mlp", num_classes=10, image_shape=(28, 28, 1), seed=0, hidden=(32,))[1]
+    params = jax.eval_shape(build)
+    algorithm = make_algorithm(config, make_optimizer(config, STEPS), params)
+    assert program.wire_bytes_per_step(algorithm, params, config) == pytest.approx(WIRE_BYTES[name]())
+
+
+# Nobody hears anybody, gradients are averaged, segments go by channels, the model goes by a switch.
+@pytest.mark.parametrize("name", ["alone", "allreduce", "crossover", "crossover_neither"])
+def test_an_algorithm_trains_and_reports_what_numpy_finds(name, config, tmp_path, data_dir):
     config = changed(config, **algorithm_keys(name))
     state, rows = train.train(config, tmp_path)
     assert read_rows(tmp_path) == rows
@@ -409,90 +377,56 @@ def test_an_earlier_run_is_not_written_over(config, tmp_path):
         (dict(on_nan="go on"), "`config.on_nan` must be 'stop' or 'rollback', got 'go on'"),
         (dict(max_rollbacks=-1), "`config.max_rollbacks` must be at least 0, got -1"),
         (dict(micro_batches=0), "`config.micro_batches` must be at least 1, got 0"),
-        (dict(micro_batches=3), "`micro_batches` must divide each worker's batch of 8, got 3"),
-        (dict(batch_size=60), "`batch_size` must be a multiple of `num_workers`, got 60 and 8; .* 56 or 64"),
         (dict(crossover__local_steps=0), "`config.crossover.local_steps` must be at least 1, got 0"),
         (dict(algorithm="crosover"), "`config.algorithm` must .* got 'crosover', did you mean 'crossover'"),
         (dict(algorithm="adam"), r"`config.algorithm` must be one of .*, got 'adam'\.$"),
-        (dict(crossover__segments=30_000), "`num_segments` must be at most .* 25450, got 30000"),
         (dict(model__name="mpl"), "`config.model.name` must be one of mlp, .* got 'mpl', did you mean 'mlp'"),
         (dict(model__name="resnet8"), "`config.model.options` must be among width, .* for resnet8, got hidden; "),
         (dict(dataset__name="fashionmnist"), "`config.dataset.name` must .* did you mean 'fashion_mnist'"),
-        (dict(dataset__eval_split="tset"), "Unknown split 'tset'"),
         (dict(simulate="no", num_workers=128), "`config.num_workers` must divide the number of devices, 64, got 128: "),
         (dict(simulate="no"), "`config.eval_batch_size` must be a multiple of the 64 devices that share it, got 200"),
         (dict(simulate="no", inner__fsdp=3), "must divide the 8 devices of a worker, got 3 and 1"),
-        (dict(simulate="no", inner__tensor=8, eval_batch_size=192), "must be 1 for mlp, which does not say how to"),
         (dict(inner__fsdp=2), "must be 1 where workers are simulated, got 2 and 1"),
         (dict(inner__tensor=0), "`config.inner.tensor` must be at least 1, got 0"),
         (dict(crossover__wire="int4"), "`config.crossover.wire` must be one of float32, .*, got 'int4'"),
         (dict(crossover__cut="columns"), "`config.crossover.cut` must be one of size, rows, got 'columns'"),
         (dict(crossover__rounds=0), "`config.crossover.rounds` must be at least 1, got 0"),
         (dict(crossover__renew_every=0), "`config.crossover.renew_every` must be None or at least 1, got 0"),
+        (dict(on_nan="rollback"), "`config.checkpoint.every` must be a number with --config.on_nan=rollback, got None"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_one_sentence(changes, message, config):
+    config = changed(config, **changes)
+    check = lambda: (check_settings(config), program.place_workers(config, jax.devices()))
+    with pytest.raises(ValueError, match=message) as error:
+        check()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(log_every=0), "`config.log_every` must be at least 1, got 0"),
+        (dict(simulate="no", num_workers=128), "`config.num_workers` must divide the number of devices, 64, got 128: "),
+        (dict(micro_batches=3), "`micro_batches` must divide each worker's batch of 8, got 3"),
+        (dict(batch_size=60), "`batch_size` must be a multiple of `num_workers`, got 60 and 8; .* 56 or 64"),
         (dict(crossover__during=True, crossover__renew_every=9), "at most one must be set, got during and renew_every"),
         (dict(crossover__during=True, crossover__local_steps=2), "must be False with `local_steps` above 1, got 2"),
         (
             dict(crossover__during=True, crossover__segments=13, crossover__pool_size=7),
             "`config.crossover.during` must be False where .* got 13 segments and a pool of 7: take a multiple of the",
         ),
-        (dict(on_nan="rollback"), "`config.checkpoint.every` must be a number with --config.on_nan=rollback, got None"),
+        (dict(crossover__segments=30_000), "`num_segments` must be at most .* 25450, got 30000"),
+        (dict(dataset__eval_split="tset"), "Unknown split 'tset'"),
+        (dict(simulate="no", inner__tensor=8, eval_batch_size=192), "must be 1 for mlp, which does not say how to"),
     ],
     ids=str,
 )
-def test_settings_that_do_not_fit_are_one_sentence(changes, message, config, tmp_path):
+def test_a_run_begins_with_its_settings_and_what_the_data_and_the_model_ask_of_them(changes, message, config, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         train.train(changed(config, **changes), tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_a_key_of_what_was_not_chosen_is_an_error(config, tmp_path):
-    with pytest.raises(
-        ValueError,
-        match=r"^`config\.crossover\.wire` must stay None where `config\.algorithm` is 'sgp', which does not read it, "
-        r"got 'int8': leave it out, or pass --config\.algorithm=crossover\.$",
-    ):
-        train.train(changed(config, algorithm="sgp", crossover__wire="int8"), tmp_path)
-    assert read_rows(tmp_path) == []
-
-
-def group_of(key):
-    return key.rpartition(".")[0].rpartition(".")[2]
-
-
-GROUPS = {name: choice for choice, names in settings.CHOICES.items() for name in names}  # and the key that chooses it
-KEYS = {key: value for key, value in settings.flat_settings(default.get_config()).items() if group_of(key) in GROUPS}
-OTHER_WORDS = {"crossover.pool": "balanced", "crossover.cut": "rows", "crossover.wire": "int8"}
-
-
-def another(key):
-    """A value that the key may have and that is not its default."""
-    value = KEYS[key]
-    if key in OTHER_WORDS or value is None:
-        return OTHER_WORDS.get(key, 3)
-    return not value if isinstance(value, bool) else value + 2 if isinstance(value, int) else value / 2 + 0.125
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_key_may_change_where_its_group_is_chosen_and_nowhere_else(key, config):
-    group, other = group_of(key), another(key)
-    assert other != KEYS[key]
-    choice = GROUPS[group]
-    check_settings(changed(config, **{choice: group, key: other}))
-    for name in settings.CHOICES[choice]:
-        if name != group:
-            with pytest.raises(
-                ValueError, match=rf"^`config\.{key}` must stay .* where `config\.{choice}` is '{name}'"
-            ):
-                check_settings(changed(config, **{choice: name, key: other}))
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("dataset.sequence", 99), ("checkpoint.keep", 3), ("max_rollbacks", 5)],
-)
-def test_a_key_that_nothing_reads_is_an_error(key, value, config):
-    with pytest.raises(ValueError, match=rf"^`config\.{key}` must stay .* here, got {value}: only .* would read it\.$"):
-        check_settings(changed(config, **{key: value}))
 
 
 def test_data_that_is_missing_or_corrupt_is_named(config, tmp_path, data_dir):
@@ -518,85 +452,9 @@ def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
         train.train(config, tmp_path / "file" / "run")
 
 
-URLS = ["gs://bucket/run", "s3://bucket/run", "hdfs://host:9000/run", "file:///tmp/run"]
-
-
-@pytest.mark.parametrize("url", [*URLS, pathlib.PurePath("gs://bucket/run"), epath.Path("gs://bucket/run")], ids=str)
-def test_a_workdir_that_is_a_url_is_refused_at_once(url, config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"^`workdir` must be a path of this machine, got \w+:/.*: .* mount the bucket"
-    ):
-        train.train(config, url)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("url", URLS)
-def test_no_command_writes_to_a_url(url, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "load_study", lambda path: pytest.fail("begun"))
-    with pytest.raises(SystemExit, match="error: `WORKDIR` must be a path of this machine"):
-        export.main([url, "out"])
-    with pytest.raises(SystemExit, match="error: `OUT` must be a path of this machine"):
-        export.main(["run", url])
-    for main, argument, argv in (
-        (sweep.main, "--out", ["study.py", f"--out={url}"]),
-        (figures.main, "--out", [f"--out={url}"]),
-        (figures.main, "--results", [f"--results={url}", "--out=here"]),
-    ):
-        assert main(argv) == 1
-        assert f"error: `{argument}` must be a path of this machine, got {url}" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_data_are_not_prepared_in_a_bucket(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(builders, "find", lambda name, data_dir: None)
-    with pytest.raises(ValueError, match="`data_dir` must be a path of this machine, got gs://bucket/data"):
-        builders.prepare("fashion_mnist", data_dir="gs://bucket/data")
-    assert not list(tmp_path.iterdir())
-
-
-KILLED = """
-import os, signal, sys
-from experiments import data, train
-sys.argv[0] = "train.py"
-batches = data.train_batches
-def until_the_fourth(*args, **kwargs):
-    for step, batch in enumerate(batches(*args, **kwargs), start=1):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield batch
-data.train_batches = until_the_fourth
-train.app.run(train.main, flags_parser=train.flags.parse_flags)
-"""
-
-
-def test_a_killed_run_leaves_every_row_to_tensorboard_too(config, tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments(config, tmp_path), "--config.steps=6"], cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL
-    rows = read_rows(tmp_path / "run")
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    values = {(tag, row["step"]): value for row in rows for tag, value in row.items() if tag != "step"}
-    assert scalars(tmp_path / "run") == pytest.approx(values, rel=1e-6)
-
-
 # ---- the command line ----
 
 LOAD_MODULE = pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections reads configs by it
-
-
-def arguments(config, tmp_path):
-    return [
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.dataset.data_dir={config.dataset.data_dir}",
-        f"--config.dataset.eval_split={config.dataset.eval_split}",
-        "--config.model.name=mlp",
-        "--config.model.options={'hidden': (32,)}",
-        "--config.steps=2",
-        "--config.log_every=1",
-        "--config.simulate=yes",
-    ]
 
 
 def command(*arguments):
@@ -616,25 +474,6 @@ def test_the_command_trains_and_ends_with_a_table(config, tmp_path):
     assert "dataset_info.py" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "way", [["experiments/train.py"], ["-m", "experiments.train"], ["experiments/preflight.py"]], ids=" ".join
-)
-def test_as_a_script_and_as_a_module_a_misspelt_key_is_one_line(way, tmp_path):
-    """A script is started from another folder: what it imports lies beside it, not where one stands."""
-    script = [os.fspath(ROOT / way[0])] if len(way) == 1 else way
-    done = subprocess.run(
-        [sys.executable, *script, f"--workdir={tmp_path}", "--config.schedule.learnig_rate=1"],
-        cwd=tmp_path if len(way) == 1 else ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.splitlines() == [
-        'error: unknown key in --config: learnig_rate; Did you mean "learning_rate" instead of "learnig_rate"?'
-    ]
-
-
 @LOAD_MODULE
 @pytest.mark.parametrize(
     ("source", "message"),
@@ -652,39 +491,6 @@ def test_a_config_that_cannot_be_loaded_is_one_line(source, message, tmp_path, m
         path.write_text(source)
     with pytest.raises(SystemExit, match=message) as error:
         flags.parse_flags(["train.py", f"--config={path}", f"--workdir={tmp_path}"])
-    assert "\n" not in error.value.code
-
-
-@LOAD_MODULE
-def test_none_on_the_command_line_is_what_the_config_calls_none(tmp_path, monkeypatch):
-    path = tmp_path / "own.py"
-    path.write_text(
-        "from experiments.configs import fashion_mnist\n\ndef get_config():\n    config = fashion_mnist.get_config()\n"
-        "    config.crossover.in_flight = 2\n    return config\n"
-    )
-    arguments = [f"--config={path}", "--config.crossover.wire=int8", "--config.crossover.in_flight=None"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])  # where ml_collections looks for keys of the config
-    flags.parse_flags(sys.argv)
-    assert (flags.CONFIG.value.crossover.wire, flags.CONFIG.value.crossover.in_flight) == ("int8", None)
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("--config.seed=None", r"`config\.seed` must have a value, got None\."),
-        (
-            "--config.algorithm.name=sgp",
-            r"`config\.algorithm` is a name, .*--config\.algorithm=NAME; .*\.algorithm\.name=sgp",
-        ),
-        (
-            "--config.optimizer.momentum=0",
-            r"`config\.optimizer` is a name, .* as in --config\.NAME\.momentum, got .*=0\.",
-        ),
-    ],
-)
-def test_a_key_without_a_value_or_below_a_name_is_one_line(argument, message, tmp_path):
-    with pytest.raises(SystemExit, match=f"^error: {message}") as error:
-        flags.parse_flags(["train.py", f"--workdir={tmp_path}", argument])
     assert "\n" not in error.value.code
 
 
@@ -768,8 +574,3 @@ def test_curves_are_drawn_of_rows_without_evaluation(tmp_path):
     rows = [{"step": 1, "epoch": 0.1, "train/loss": 2.0}]
     report.draw_curves(rows, tmp_path / "curves.png", "a run that was stopped early")
     check_picture(tmp_path / "curves.png")
-
-
-@pytest.mark.parametrize("module", [train, report, program, processes, algorithms, settings, optimizers, flags])
-def test_examples_in_docstrings_hold(module):
-    assert doctest.testmod(module).failed == 0
