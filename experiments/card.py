@@ -3,8 +3,6 @@
 import json
 from typing import Any
 
-import jax.numpy as jnp
-
 from crossover_jax.cuts import flatten
 from experiments import data, report
 from experiments.settings import versions
@@ -98,15 +96,16 @@ def how_to_call(dataset: data.Dataset) -> tuple[str, str]:
     mean, std = list(dataset.mean), list(dataset.std)
     return (
         f"logits = model((images / 255 - np.float32({mean})) / np.float32({std}))",
-        f"`images` are uint8 `[batch, {shape}]`; the model takes them in float32, normalised: divided by 255, minus the "
-        f"mean {mean} and over the standard deviation {std} of each channel.",
+        f"`images` are uint8 `[batch, {shape}]`; the model takes them in float32, normalised: divided by 255, minus "
+        f"the mean {mean} and over the standard deviation {std} of each channel.",
     )
 
 
 def leaf_table(tree: PyTree) -> str:
     """Every array by name.
 
-    >>> print(leaf_table({"params": {"fc": {"bias": jnp.zeros(10)}}}))
+    >>> import numpy as np
+    >>> print(leaf_table({"params": {"fc": {"bias": np.zeros(10, np.float32)}}}))
     params/fc/bias  float32[10]
     """
     names, leaves, _ = flatten(tree)
