@@ -172,7 +172,7 @@ def test_a_worker_is_that_worker_bit_for_bit(i, mlp, tmp_path, test_set):
 
 
 def test_what_push_sum_trains_is_exported_without_its_bias(data_dir, tmp_path, monkeypatch, test_set):
-    def pushed(c, optimizer, n, params, specs):
+    def pushed(optimizer, n, params, specs, **keys):
         return cj.push_sum(optimizer, cj.pull(n, 3, 1).transpose(), cj.cycle(1, 3), cj.whole(), specs=specs)
 
     monkeypatch.setitem(algorithms.ALGORITHMS, "sgp", pushed)
