@@ -640,7 +640,7 @@ def test_what_cannot_be_written_is_said_and_the_run_goes_on(config, undisturbed,
     ]
     flags += ["--config.model.options={'hidden': (32,)}", "--config.optimizer.learning_rate=0.02"]
     command = [sys.executable, "-c", FULL, f"--workdir={workdir}", *flags]
-    compiled_alike = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(jax.config.jax_disable_most_optimizations))}
+    compiled_alike = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations"))}
     env = {**os.environ, "JAX_PLATFORMS": "cpu", **compiled_alike}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
