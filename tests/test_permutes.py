@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.tools
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 SIZE = 60_000
 SENT = {  # in vectors
