@@ -7,16 +7,12 @@
 import argparse
 import difflib
 import inspect
-import itertools
 import json
-import math
 import sys
 from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 
 from crossover_jax import plan, topology
+from crossover_jax.topology.describe import as_text, describe
 
 TOPOLOGIES: dict[str, Callable[..., topology.Pool]] = {
     "balanced": topology.balanced,
@@ -30,7 +26,6 @@ TOPOLOGIES: dict[str, Callable[..., topology.Pool]] = {
     "ring": topology.ring,
     "symmetric": topology.symmetric,
 }
-ORDERS = ("at random", "in turn")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,46 +37,6 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-def describe(pool: topology.Pool, *, hosts: int = 1, slices: int = 1) -> dict[str, Any]:
-    """What `pool` promises, as plain data: its mixing, and the messages that leave workers, hosts and slices.
-
-    "at random" draws every round uniformly from the pool (`shuffle`, `sample`), "in turn" takes them in order
-    (`rotate`, `cycle`). Rounds to a tenth are for the worst disagreement: in turn measured, at random the number after
-    which its mean square is at most a hundredth; None: more than were tried. Messages are even when in every round all
-    workers (hosts, slices) send equally many.
-
-    >>> describe(topology.exponential(8))["exact_after"]
-    3
-    """
-    worst, mean = topology.contraction(pool)
-    peers = _peers_heard(pool)
-    left = topology.decay(pool, range(pool.num_rounds))
-    return {
-        "workers": pool.num_workers,
-        "rounds": pool.num_rounds,
-        "peers": peers,
-        "keeps_agreement": pool.keeps_agreement,
-        "keeps_mass": pool.keeps_mass,
-        "contraction": {
-            "worst": worst,
-            "mean": mean,
-            "ideal": topology.ideal_contraction(pool.num_workers, peers),
-        },
-        "rounds_to_a_tenth": {"at random": _rounds_at_random(worst), "in turn": _rounds_in_turn(pool)},
-        "effective_neighbors": {
-            f"gamma {gamma}": {
-                order: topology.effective_neighbors(pool, gamma, in_turn=order == "in turn") for order in ORDERS
-            }
-            for gamma in (0.9, 0.99)
-        },
-        "exact_after": next((t for t, share in enumerate(left, start=1) if share < 1e-12), None),
-        "messages": {
-            sender: {"min": int(sent.min()), "max": int(sent.max()), "even": bool((sent == sent[:, :1]).all())}
-            for sender, sent in topology.messages(pool, hosts, slices)._asdict().items()
-        },
-    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_describe(args: argparse.Namespace) -> str:
-    report = {"name": args.name} | describe(_pool(args), hosts=args.hosts, slices=args.slices)
-    return json.dumps(report, indent=2) if args.json else _text(report)
+    report = describe(_pool(args), hosts=args.hosts, slices=args.slices)
+    return json.dumps({"name": args.name} | report, indent=2) if args.json else as_text(args.name, report)
 
 
 def _run_plan(args: argparse.Namespace) -> str:
@@ -198,8 +153,7 @@ def _pool(args: argparse.Namespace) -> topology.Pool:
             + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(TOPOLOGIES)}.")
         )
     takes = inspect.signature(TOPOLOGIES[args.name]).parameters
-    options = {"max_degree" if "max_degree" in takes else "peers": args.peers, "seed": args.seed}
-    options |= {"pool_size": args.pool_size}
+    options = {"peers": args.peers, "seed": args.seed, "pool_size": args.pool_size}
     for name, value in options.items():
         if value is not None and name not in takes:
             raise ValueError(f"{args.name!r} takes no `--{name.replace('_', '-')}`, got {value}.")
@@ -208,55 +162,6 @@ def _pool(args: argparse.Namespace) -> topology.Pool:
     return TOPOLOGIES[args.name](
         args.workers, **{name: value for name, value in (defaults | given).items() if name in takes}
     )
-
-
-def _peers_heard(pool: topology.Pool) -> int:
-    hears = (pool.share[:, 1:] > 0) & (pool.receive_from != np.arange(pool.num_workers))
-    return int(hears.sum(1).max())
-
-
-def _rounds_at_random(worst: float) -> int | None:
-    if worst < 0.01:
-        return 1
-    return math.ceil(math.log(0.01) / math.log(worst)) if worst < 1 - 1e-9 else None
-
-
-def _rounds_in_turn(pool: topology.Pool) -> int | None:
-    # A shift costs one multiplication, any other round a singular value of all rounds so far.
-    tried = 10_000 if topology.modes(pool) is not None else 100
-    return topology.rounds_until(pool, itertools.islice(itertools.cycle(range(pool.num_rounds)), tried))
-
-
-def _text(report: dict[str, Any]) -> str:
-    contraction, exact = report["contraction"], report["exact_after"]
-    lines = {
-        "keeps agreement": "yes" if report["keeps_agreement"] else "no",
-        "keeps the average": "yes" if report["keeps_mass"] else "no",
-        "contraction": "worst {worst:.3f}, mean {mean:.3f}, ideal {ideal:.3f}".format(**contraction)
-        + " (of squared disagreement, per round)",
-        "rounds to a tenth": _by_order({k: v or "many" for k, v in report["rounds_to_a_tenth"].items()}),
-    }
-    for gamma, neighbors in report["effective_neighbors"].items():
-        lines[f"neighbors, {gamma}"] = _by_order({k: f"{v:.1f}" for k, v in neighbors.items()}) + ", effectively"
-    lines["exact average"] = f"after {exact} rounds in turn" if exact else "not in one pass"
-    for sender, sent in report["messages"].items():
-        if sender != "worker" and sent["max"] == 0:
-            continue  # one host, or one slice: nothing leaves it
-        count = "{min}" if sent["min"] == sent["max"] else "{min} to {max}"
-        lines[f"messages per {sender}"] = count.format(**sent) + (", even" if sent["even"] else ", uneven")
-    title = "{name}: workers {workers}, rounds {rounds}, peers {peers}".format(**report)
-    return "\n".join([title, *(f"  {key:<22}{value}" for key, value in lines.items()), *_hints(report)])
-
-
-def _by_order(values: dict[str, Any]) -> str:
-    return ", ".join(f"{value} {order}" for order, value in values.items())
-
-
-def _hints(report: dict[str, Any]) -> list[str]:
-    advised = topology.advised_pool_size(report["workers"])
-    if report["name"] != "latin" or report["rounds"] >= advised:
-        return []
-    return [f"  Take --pool-size {advised} or more: fewer shifts leave directions that hardly contract."]
 
 
 if __name__ == "__main__":

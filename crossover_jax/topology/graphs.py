@@ -71,8 +71,8 @@ def complete(num_workers: int) -> Pool:
     return _circulant(num_workers, [list(range(1, num_workers))])
 
 
-def base(num_workers: int, max_degree: int = 1) -> Pool:
-    """Base-(k+1) graph: one pass averages exactly for any number of workers, with at most k = `max_degree` peers each.
+def base(num_workers: int, peers: int = 1) -> Pool:
+    """Base-(k+1) graph: one pass averages exactly for any number of workers, with at most k = `peers` each.
 
     At most 2·log_{k+1}(n) + 2 rounds; every W is symmetric. A worker without a partner in a round is a fixed point and
     sends nothing. Raises `ValueError` for fewer than one worker or peer.
@@ -86,12 +86,12 @@ def base(num_workers: int, max_degree: int = 1) -> Pool:
     >>> state
     array([2., 2., 2., 2., 2.])
     """
-    at_least(1, num_workers=num_workers, max_degree=max_degree)
-    factors, rest = _factors(num_workers, max_degree + 1)
-    rounds = _simple_base(num_workers, max_degree)
+    at_least(1, num_workers=num_workers, peers=peers)
+    factors, rest = _factors(num_workers, peers + 1)
+    rounds = _simple_base(num_workers, peers)
     if 1 < rest < num_workers:  # average in every group of `rest` workers, then across the groups
-        inside = [this.in_groups(num_workers // rest) for this in _simple_base(rest, max_degree)]
-        across = _hyper_hypercube(num_workers, [rest, *factors], max_degree, first=1)
+        inside = [this.in_groups(num_workers // rest) for this in _simple_base(rest, peers)]
+        across = _hyper_hypercube(num_workers, [rest, *factors], peers, first=1)
         rounds = min(rounds, inside + across, key=len)
     return Pool.from_peers(np.stack([r.receive_from for r in rounds]), np.stack([r.share for r in rounds]))
 
