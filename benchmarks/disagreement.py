@@ -1,6 +1,6 @@
 """How far apart workers are driven by their own noise, by what they exchange: a linear model of momentum SGD.
 
-    python benchmarks/disagreement.py
+    python -m benchmarks.disagreement
 
 64 workers, m <- 0.9 m + noise, x <- x − m, then so many rounds of gossip of x and of m, each with one random shift of
 a pool of 12: the mean square of x_i − x̄ per coordinate, in a steady state, and what is sent, in float32 models a step.
@@ -10,12 +10,7 @@ much the same in many coordinates, for it lies along the directions in which the
 and "along it" is the mean square of a worker's mean over coordinates: what its loss feels.
 """
 
-import pathlib
-import sys
-
 import numpy as np
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import crossover_jax as cj
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from crossover_jax import plan, topology
+from crossover_jax.text import as_table
 from crossover_jax.topology.describe import as_text, describe
 
 TOPOLOGIES: dict[str, Callable[..., topology.Pool]] = {
@@ -58,16 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print the same as JSON")
     command = commands.add_parser("plan", help="print what a step takes, by every algorithm")
     command.set_defaults(run=_run_plan)
-    command.add_argument("--params", type=float, help="parameters of the model")
-    command.add_argument("--workers", type=int, help="how many copies of the model gossip")
-    command.add_argument("--compute-ms", type=float, help="of a step without communication")
-    command.add_argument("--dcn-gbps", type=float, help="rate of a worker's link to the others")
+    command.add_argument("--params", type=float, required=True, help="parameters of the model")
+    command.add_argument("--workers", type=int, required=True, help="how many copies of the model gossip")
+    command.add_argument("--compute-ms", type=float, required=True, help="of a step without communication")
+    command.add_argument("--dcn-gbps", type=float, required=True, help="rate of a worker's link to the others")
     command.add_argument("--dcn-us", type=float, default=50.0, help="latency of that link (default: 50)")
     command.add_argument("--chips", type=int, default=1, help="chips of a worker, which average gradients (default: 1)")
     command.add_argument("--ici-gbps", type=float, help="rate of a chip's link to the others of its worker")
     command.add_argument("--ici-us", type=float, default=1.0, help="latency of that link (default: 1)")
-    command.add_argument("--fit", metavar="CSV", help="latency and rate from measurements of benchmarks/scaling.py")
-    command.add_argument("--check", metavar="CSV", help="compare what --fit says with these measurements instead")
     return parser
 
 
@@ -77,23 +76,23 @@ def _run_describe(args: argparse.Namespace) -> str:
 
 
 def _run_plan(args: argparse.Namespace) -> str:
-    if args.fit:
-        rows = plan.read(args.fit)
-        return _text_of_fit(plan.fit(rows), plan.read(args.check) if args.check else rows)
-    needed = {"--params": args.params, "--workers": args.workers, "--compute-ms": args.compute_ms}
-    needed |= {"--dcn-gbps": args.dcn_gbps, "--ici-gbps": args.ici_gbps if args.chips > 1 else 1.0}
-    if lacking := [name for name, value in needed.items() if value is None]:
-        raise ValueError(f"{', '.join(lacking)} must be given.")
-    for name, value in (needed | {"--chips": args.chips, "--dcn-us": args.dcn_us, "--ici-us": args.ici_us}).items():
-        may_be_zero = name.endswith(("-ms", "-us"))
-        if value < 0 or (value == 0 and not may_be_zero):
-            raise ValueError(f"`{name}` must {'not be negative' if may_be_zero else 'be positive'}, got {value:g}.")
-    link, compute = plan.Link(1e9 * args.dcn_gbps / 8, 1e-6 * args.dcn_us), 1e-3 * args.compute_ms
+    for name in ("params", "workers", "dcn_gbps", "chips"):
+        _require(name, getattr(args, name), getattr(args, name) > 0, "be positive")
+    for name in ("compute_ms", "dcn_us", "ici_us"):
+        _require(name, getattr(args, name), getattr(args, name) >= 0, "not be negative")
     inside = 0.0
     if args.chips > 1:
+        _require("ici_gbps", args.ici_gbps, (args.ici_gbps or 0) > 0, f"be positive for {args.chips} chips")
         ici = plan.Link(1e9 * args.ici_gbps / 8, 1e-6 * args.ici_us)
         inside = plan.allreduce_seconds(4 * args.params, args.chips, ici)
-    return _text_of_plan(args.params, args.workers, compute, link, inside)
+    link = plan.Link(1e9 * args.dcn_gbps / 8, 1e-6 * args.dcn_us)
+    return _text_of_plan(args.params, args.workers, 1e-3 * args.compute_ms, link, inside)
+
+
+def _require(name: str, value: float | int | None, holds: bool, requirement: str) -> None:
+    if not holds:
+        got = "nothing" if value is None else f"{value:g}"
+        raise ValueError(f"`--{name.replace('_', '-')}` must {requirement}, got {got}.")
 
 
 def _text_of_plan(params: float, workers: int, compute: float, link: plan.Link, inside: float) -> str:
@@ -108,11 +107,11 @@ def _text_of_plan(params: float, workers: int, compute: float, link: plan.Link, 
     return "\n".join(
         [
             f"{title}\n",
-            plan.as_table(("algorithm", "wire", "sent", "exchange", "step"), rows),
+            as_table(("algorithm", "wire", "sent", "exchange", "step"), rows),
             "\nCrossover, during, saves 5 % of the step of AllReduce beside the backward pass, both in float32, "
             f"{_rates(plan.where_it_pays(params, workers, compute, link, inside))}.",
             "\nThe same workers in groups whose members average gradients over the same links (float32, during):\n",
-            plan.as_table(("gossiping", "members", "averaging", "step"), fewer),
+            as_table(("gossiping", "members", "averaging", "step"), fewer),
         ]
     )
 
@@ -128,21 +127,6 @@ def _rates(pays: tuple[float, float] | None) -> str:
     if low and high:
         return f"on links from {low} to {high}"
     return f"on links above {low}" if low else f"on links below {high}" if high else "at every rate"
-
-
-def _text_of_fit(found: plan.Fit, rows: list[dict[str, str]]) -> str:
-    of_steps, of_exchanges = found.errors(rows)
-    lines = [
-        (row["algorithm"], row["hosts"], row["rate"], row["compute_s"], row["step_s"], f"{predicted:.4g}")
-        for row, predicted in zip(rows, found.predict(rows), strict=True)
-    ]
-    return "\n".join(
-        [
-            plan.as_table(("algorithm", "hosts", "rate", "compute, s", "step, s", "predicted, s"), lines),
-            f"\nlatency {1e6 * found.latency:.3g} µs, {found.slowdown:.3f} times the transfer at the nominal rate; "
-            f"median error of steps {100 * of_steps:.1f} %, of exchanges {100 * of_exchanges:.1f} %",
-        ]
-    )
 
 
 def _pool(args: argparse.Namespace) -> topology.Pool:

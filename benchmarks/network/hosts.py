@@ -1,6 +1,6 @@
 """Hosts with real, limited links on one Linux machine: network namespaces on a bridge, `tbf` at both ends of each link.
 
-    sudo python benchmarks/hosts.py --hosts 4 --rate 50mbit -- sh -c 'hostname; ping -c 1 10.99.0.1'
+    sudo python -m benchmarks.network.hosts --hosts 4 --rate 50mbit -- sh -c 'hostname; ping -c 1 10.99.0.1'
 
 runs a command on every host, as root. Host i is 10.99.0.(i + 1), named host<i>, in namespaces of its own for network,
 host name and mounts. All of it lives in one more set of namespaces that the kernel takes down with this process,
@@ -47,10 +47,23 @@ BURST_S = 0.01  # how long the kernel may not get to a link without loss, where 
 ENDS = ("out", "err")
 NETWORK = "10.99.0.0/24"
 MAX_HOSTS = 250
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}  # per second
 
 
 class Missing(Exception):
     """Something without which this machine can have no hosts."""
+
+
+def bits_per_second(rate: str) -> float:
+    """A rate as `tc` writes it.
+
+    >>> bits_per_second("200mbit")
+    200000000.0
+    """
+    for unit, factor in UNITS.items():
+        if rate.endswith(unit):
+            return float(rate.removesuffix(unit)) * factor
+    raise ValueError(f"a rate must end with one of {', '.join(UNITS)}, got {rate!r}.")
 
 
 def address(host: int) -> str:
@@ -78,7 +91,7 @@ def enter() -> None:
         return
     check()
     # The first process of a PID namespace takes all others with it. It goes with `unshare`, and that with this process.
-    command = [*OWN, sys.executable, *sys.argv]
+    command = [*OWN, sys.executable, *sys.orig_argv[1:]]
     sys.exit(subprocess.call(command, env={**os.environ, INSIDE: "1"}, preexec_fn=_end_with_parent))
 
 
@@ -145,17 +158,17 @@ def run(
             _ip("link del bridge0")  # the links went with their hosts
 
 
-def run_self(num_hosts: int, rate: str, bytes_per_second: float, **settings: Any) -> list[Any]:
+def run_self(num_hosts: int, rate: str, **settings: Any) -> list[Any]:
     """`enter`, then `run` this very command on every host, with `--host i` behind it: JAX on CPUs.
 
     What the last line of each says as JSON. XLA has as many threads on each host as the machine has cores.
     """
     enter()
-    commands = [[sys.executable, *sys.argv, "--host", str(i)] for i in range(num_hosts)]
-    burst = max(BURST, int(BURST_S * bytes_per_second))
+    commands = [[sys.executable, *sys.orig_argv[1:], "--host", str(i)] for i in range(num_hosts)]
+    burst = max(BURST, int(BURST_S * bits_per_second(rate) / 8))
     env = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-    said = run(commands, rate=rate, burst=burst, env=env, timeout=3600, **settings)
-    return [json.loads(text.splitlines()[-1]) for text in said]
+    outputs = run(commands, rate=rate, burst=burst, env=env, timeout=3600, **settings)
+    return [json.loads(text.splitlines()[-1]) for text in outputs]
 
 
 def sent_bytes() -> int:
@@ -217,10 +230,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         enter()
-        said = run([args.command] * args.hosts, rate=args.rate)
+        outputs = run([args.command] * args.hosts, rate=args.rate)
     except (Missing, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    for i, text in enumerate(said):
+    for i, text in enumerate(outputs):
         print("".join(f"host {i}: {line}\n" for line in text.splitlines()), end="")
 
 
