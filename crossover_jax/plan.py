@@ -39,6 +39,7 @@ def allreduce_seconds(num_bytes: float, workers: int, link: Link) -> float:
     >>> allreduce_seconds(100.0, 4, Link(rate=100.0, latency=0.25))
     2.0
     """
+    # Not attained together: a tree waits log2 n times and sends more, a ring sends least and waits 2 (n − 1) times.
     return math.ceil(math.log2(workers)) * link.latency + 2 * (workers - 1) / workers * num_bytes / link.rate
 
 
@@ -66,12 +67,13 @@ def ways(params: float, workers: int, compute: float, link: Link, inside: float 
         raise ValueError(f"`params` must be positive, got {params:g}.")
     if compute < 0:
         raise ValueError(f"`compute` must not be negative, got {compute:g}.")
+    # What travels beside the backward pass can begin when that begins; what comes after waits for the longer of both.
     forward = (1 - BACKWARD) * compute
-    found, own = [], max(compute, forward + inside)
+    found, work = [], max(compute, forward + inside)
     for wire in ("float32", "bfloat16"):
         model = BYTES[wire] * params
         sent, seconds = 2 * (workers - 1) / workers * model, allreduce_seconds(model, workers, link)
-        found.append(Way("allreduce", wire, sent, seconds, own + seconds))
+        found.append(Way("allreduce", wire, sent, seconds, work + seconds))
         beside = max(compute, forward + inside + seconds)
         found.append(Way("allreduce, beside the backward pass", wire, sent, seconds, beside))
     for wire, each in BYTES.items():
@@ -79,12 +81,13 @@ def ways(params: float, workers: int, compute: float, link: Link, inside: float 
         for rounds in (1, 3) if wire == "int8" else (1,):
             name = "crossover" if rounds == 1 else f"crossover, {rounds} rounds"
             sent, seconds = rounds * model, gossip_seconds(model, link, rounds)
-            found.append(Way(name, wire, sent, seconds, own + seconds))
-            found.append(Way(f"{name}, during", wire, sent, seconds, max(own, seconds)))
-        if own and (parts := math.ceil(gossip_seconds(model, link) / own)) > 1:
+            found.append(Way(name, wire, sent, seconds, work + seconds))
+            found.append(Way(f"{name}, during", wire, sent, seconds, max(work, seconds)))
+        # Where an exchange takes longer than the work of a step, links carry a part of the model beside each.
+        if work and (parts := math.ceil(gossip_seconds(model, link) / work)) > 1:
             seconds = link.latency + model / parts / link.rate
             name = f"crossover, streamed over {parts} steps"
-            found.append(Way(name, wire, model / parts, seconds, max(own, seconds)))
+            found.append(Way(name, wire, model / parts, seconds, max(work, seconds)))
     return sorted(found, key=lambda way: (way.step, way.sent))
 
 
@@ -108,6 +111,7 @@ def where_it_pays(
         }
         return by_name["crossover, during"] < 0.95 * by_name["allreduce, beside the backward pass"]
 
+    # Solved by trying: steps are maxima of sums, and a formula would have a case for each order of their terms.
     rates = [rate for rate in RATES.tolist() if saves(rate)]
     return (rates[0], rates[-1]) if rates else None
 

@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.network import fit
 from benchmarks.network.hosts import bits_per_second
+from benchmarks.rows import append_rows, read_rows
 
 
 @pytest.mark.parametrize(("latency", "slowdown"), [(0.004, 1.07), (0.0, 1.3)])
@@ -76,3 +77,12 @@ def test_the_command_prints_the_fit_and_refuses_in_one_line(capsys, tmp_path):
     ):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             fit.main([*map(str, arguments)])
+
+
+def test_rows_that_are_added_twice_have_one_header_and_come_back_in_their_order(tmp_path):
+    path = tmp_path / "x.csv"
+    assert read_rows(path) == []
+    for rows in ([{"a": 1, "b": "x,y"}], [{"a": 2.5, "b": ""}, {"a": 3, "b": "z"}]):
+        append_rows(path, ("a", "b"), rows)
+    assert path.read_text().splitlines()[0] == "a,b"
+    assert read_rows(path) == [{"a": "1", "b": "x,y"}, {"a": "2.5", "b": ""}, {"a": "3", "b": "z"}]

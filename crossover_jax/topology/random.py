@@ -36,6 +36,7 @@ def latin(num_workers: int, pool_size: int, seed: int = 0, *, tries: int = 40, s
             f"{'' if swaps else ' that swap none'}, got {pool_size}."
         )
     rng = _rng(seed, num_workers, pool_size)
+    # A single draw of few shifts often leaves some direction of disagreement slow, and choosing costs one FFT of all.
     draws = np.stack([possible[rng.choice(len(possible), pool_size, replace=False)] for _ in range(tries)])
     shifts = draws[np.argmin(_worst_direction(draws, num_workers))]
     return _half((np.arange(num_workers) - shifts[:, None]) % num_workers)
@@ -150,8 +151,10 @@ def pull(num_workers: int, pool_size: int, seed: int = 0) -> Pool:
     at_least(1, num_workers=num_workers, pool_size=pool_size)
     if num_workers == 1:
         return _one_worker()
+    # A number below n − 1, moved by one from oneself on, is uniform among the others.
     other = _rng(seed, num_workers, pool_size).integers(num_workers - 1, size=(pool_size, num_workers))
     wanted = other + (other >= np.arange(num_workers))
+    # The k-th of those who want the same worker hears it in permutation k, so that each permutation asks it once.
     copy = np.stack([_rank_among_equals(row) for row in wanted])
     peers = np.arange(copy.max() + 1)
     receive_from = np.stack(
@@ -181,6 +184,7 @@ def _worst_direction(shifts: Int[np.ndarray, "tries pool"], num_workers: int) ->
 
 def _alike(rng: np.random.Generator, slices: int, size: int) -> Int[np.ndarray, "workers"]:
     """Uniform among the permutations of (slice, local) without fixed points that commute with moving the slices."""
+    # Rejection keeps the law exactly uniform, and at least one draw of e has no fixed point, whatever the size.
     while True:
         local, distance = rng.permutation(size), rng.integers(slices, size=size)
         if ((local != np.arange(size)) | (distance != 0)).all():
@@ -188,17 +192,19 @@ def _alike(rng: np.random.Generator, slices: int, size: int) -> Int[np.ndarray, 
 
 
 def _choose_in_turn(rng: np.random.Generator, num_workers: int) -> Int[np.ndarray, "workers"]:
+    # A list without gaps and each number's place in it make a choice take the same time for 16,384 workers as for 8.
     free = list(range(num_workers))
     place = list(range(num_workers))  # place[j] is where j stands in `free`, −1 once taken
     chosen = []
     for i, u in enumerate(rng.random(num_workers).tolist()):
-        if i == num_workers - 2 and place[-1] >= 0:
+        if i == num_workers - 2 and place[-1] >= 0:  # else the last worker might be left with itself
             choice = num_workers - 1
         else:
+            # Uniform among all free but oneself: drawn without the last one, which stands in for oneself.
             choice = free[int(u * (len(free) - (place[i] >= 0)))]
             if choice == i:
                 choice = free[-1]
-        moved = free.pop()
+        moved = free.pop()  # closes the gap of the choice
         if moved != choice:
             free[place[choice]], place[moved] = moved, place[choice]
         place[choice] = -1
@@ -219,6 +225,8 @@ def _completed(source: Int[np.ndarray, "workers"], wanted: Bool[np.ndarray, "wor
     """A permutation that agrees with `source` where `wanted`, and elsewhere is silent as far as possible."""
     everyone = np.arange(len(source))
     result = np.where(wanted, source, -1)
+    # Who neither hears nor is heard stays alone, which is no message. Who is heard only must hear somebody: those whom
+    # nobody hears are left over, as many of them, and their messages have share 0.
     idle = np.setdiff1d(everyone[~wanted], source[wanted])
     result[idle] = idle
     result[result < 0] = np.setdiff1d(everyone, result)
