@@ -201,7 +201,9 @@ def _is_like(params: PyTree) -> Callable[[PyTree], bool]:
 
     def is_like(x: PyTree) -> bool:
         try:  # a masked part of the state stands for all parameters below it
-            parts = jax.tree.map(lambda x, below: None if is_masked(x) else fits(x, below), x, params, is_leaf=is_masked)
+            parts = jax.tree.map(
+                lambda x, below: None if is_masked(x) else fits(x, below), x, params, is_leaf=is_masked
+            )
         except (TypeError, ValueError):
             return False
         return bool(jax.tree.leaves(parts)) and all(jax.tree.leaves(parts))

@@ -1,7 +1,6 @@
 """Names of version 0.1, kept for one version: each still works and warns."""
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -26,14 +25,7 @@ MOVED = {
 
 
 def renames(**new_names: str | None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function take keywords by their old names; None: the argument is not needed any more.
-
-    >>> @renames(where="leaves")
-    ... def f(leaves=None): return leaves
-    >>> with warnings.catch_warnings(record=True) as caught:
-    ...     f(where=1), len(caught)
-    (1, 1)
-    """
+    """Let a function take keywords by their old names; None: the argument is not needed any more."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -62,8 +54,4 @@ def moved(package: Any, name: str) -> Any:
 
 
 def warn(message: str) -> None:
-    # At the line of the caller, who is the first outside the library.
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("crossover_jax"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, DeprecationWarning, stacklevel=level + 1)
+    warnings.warn(message, DeprecationWarning, stacklevel=3)

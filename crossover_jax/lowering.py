@@ -158,7 +158,9 @@ def exchange_by_switch(
     return _join(arrays, pieces, mixed)
 
 
-def exchange_by_index(arrays: list[Array], pieces: Pieces, row: Array, pool: Pool, axis: str, wire: Wire) -> list[Array]:
+def exchange_by_index(
+    arrays: list[Array], pieces: Pieces, row: Array, pool: Pool, axis: str, wire: Wire
+) -> list[Array]:
     """The same exchange where one device holds all workers: nothing is sent, everybody reads what he would have got.
 
     Batching `ppermute` would do too, but on a CPU it reads element by element, and here whole segments are read
@@ -200,8 +202,8 @@ def _receive(x: Array, pool: Pool, p: int, axis: str, wire: Wire) -> list[Array]
 def _average(x: Array, sent: Array, received: list[Array], share: Sequence[Any] | Array) -> Array:
     """x_i <- share[0] x_i + Σ_k share[1 + k] x_j, in float32 at least, returned in the dtype of `x`.
 
-    Where messages are rounded to Q(x), a worker subtracts what it *sent*, not what it holds: x_i − (1 − share[0]) Q(x_i)
-    + Σ_k share[1 + k] Q(x_j). The sum over i is then exact for any Q.
+    Where messages are rounded to Q(x), a worker subtracts what it *sent*, not what it holds:
+    x_i − (1 − share[0]) Q(x_i) + Σ_k share[1 + k] Q(x_j). The sum over i is then exact for any Q.
     """
     wide = widened(x.dtype)
     mixed = _scaled(share[0], x.astype(wide))

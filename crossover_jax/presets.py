@@ -14,10 +14,9 @@ from crossover_jax.leaves import PyTree
 from crossover_jax.mixing import Mix, TableOrFunction, average, every, gossip, repeat
 from crossover_jax.packing import Leaves
 from crossover_jax.push_sum import push_sum
-from crossover_jax.topology.advice import advised_pool_size
 from crossover_jax.topology.graphs import exponential, ring
 from crossover_jax.topology.pool import Pool
-from crossover_jax.topology.random import balanced, latin, pull
+from crossover_jax.topology.random import advised_pool_size, balanced, latin, pull
 from crossover_jax.topology.tables import cycle, rotate, sample, shuffle
 
 Optimizer = optax.GradientTransformation
@@ -194,7 +193,9 @@ def d_psgd(optimizer: Optimizer, num_workers: int, *, axis: str | None = None, s
 allreduce_sgd = average_grads  # by the name that it is known by
 
 
-def local_sgd(optimizer: Optimizer, local_steps: int = 1, *, axis: str | None = None, specs: PyTree = None) -> Algorithm:
+def local_sgd(
+    optimizer: Optimizer, local_steps: int = 1, *, axis: str | None = None, specs: PyTree = None
+) -> Algorithm:
     """Local SGD: `local_steps` steps alone, then the parameters are averaged; with 1 it is parameter averaging.
 
     Reference: Stich, Local SGD Converges Fast and Communicates Little, arXiv:1805.09767.
