@@ -37,9 +37,9 @@ def around() -> Around:
 
 
 def axis_or_default(axis: Any) -> str:
-    """The axis along which to exchange: `axis`, or the one that names the workers."""
-    if axis is None and len(around().axes) == 1:
-        return around().axes[0]
+    """The axis along which to exchange: `axis`, or the one that names the workers; of two the one called "worker"."""
+    if axis is None and ("worker" in around().axes or len(around().axes) == 1):
+        return "worker" if "worker" in around().axes else around().axes[0]
     if not isinstance(axis, str):
         raise ValueError(
             f"`axis` must be one name of {around().axes}, got {axis!r}: exchange along one axis, then along the other "

@@ -74,7 +74,7 @@ def per_worker(
             is_static, is_shared = (_among(key, chosen, parameters) for chosen in (static, replicated))
             (fixed if is_static else shared if is_shared else own)[key] = arg
         for key, arg in own.items():
-            _check_leading_axis(arg, math.prod(sizes), _described(key, parameters))
+            _check_leading_axis(arg, math.prod(sizes), f"argument {key}" if key.isdigit() else f"argument {key!r}")
 
         def call(own, shared):
             values = {**fixed, **own, **shared}
@@ -454,12 +454,6 @@ def _among(key: int | str, chosen: Sequence[int | str], parameters: list[str]) -
     position = int(key) if str(key).isdigit() else parameters.index(str(key)) if key in parameters else None
     name = parameters[position] if position is not None and position < len(parameters) else key
     return position in chosen or name in chosen
-
-
-def _described(key: str, parameters: list[str]) -> str:
-    if not key.isdigit():
-        return f"argument {key!r}"
-    return f"argument {key}" + (f" ({parameters[int(key)]})" if int(key) < len(parameters) else "")
 
 
 def _jit_names(what: str, chosen: Sequence[int | str]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_an_unchanged_flax_train_state_step_trains_alike_on_a_mesh_and_simulated
             losses.append(np.asarray(loss).mean())
         assert losses[-1] < 0.1 * losses[0]
         assert step._cache_size() == 1
-        assert int(cj.worker(state, 3).step) == 30
+        assert int(cj.one_worker(state, 3).step) == 30
         ends.append(state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *ends)
 
@@ -150,7 +150,12 @@ def test_any_pytree_of_parameters_trains(model, modules):
 
 def test_only_adapters_travel_where_where_says_so():
     params = {"base": jnp.zeros(6), "lora": {"a": jnp.zeros(4), "b": jnp.zeros(3)}}
-    mix = cj.gossip(cj.exponential(WORKERS), cj.cycle(1, 3), cj.whole(), where=lambda name: name.startswith("lora"))
+    mix = cj.gossip(
+        cj.topology.exponential(WORKERS),
+        cj.whole(),
+        cj.topology.cycle(1, 3),
+        leaves=lambda name: name.startswith("lora"),
+    )
     algorithm = cj.mix_after(optax.sgd(1.0), mix)
     step = cj.per_worker(lambda s, g, t: algorithm.update(g, s[1], s[0], t), WORKERS, replicated=(2,))
     grads = jax.tree.map(lambda x: -jnp.broadcast_to(jnp.arange(8.0)[:, None], (8, *x.shape)), params)

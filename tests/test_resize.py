@@ -156,9 +156,9 @@ ADAM = optax.adam(1e-2)
 TARGETS = normal(8, 9, seed=3)
 ALGORITHMS = {
     "sgp": lambda n: cj.sgp(ADAM, n),
-    "sgp, pull": lambda n: cj.sgp(ADAM, n, pool=cj.pull(n, 3, seed=5).transpose()),
+    "sgp, pull": lambda n: cj.sgp(ADAM, n, pool=cj.topology.pull(n, 3, seed=5).transpose()),
     "push_sum, pull": lambda n: cj.push_sum(
-        ADAM, cj.pull(n, 3, seed=5).transpose(), cj.sample(3, 3, seed=1), cj.by_size(3)
+        ADAM, cj.topology.pull(n, 3, seed=5).transpose(), cj.by_size(3), cj.topology.sample(3, 3, seed=1)
     ),
 }
 
