@@ -24,7 +24,7 @@ POOLS = {
     "derangements": lambda n: derangements(n, 4, seed=1),
     "exponential": exponential,
     "exponential2": lambda n: exponential(n, 2),
-    "hypercube": lambda n: hypercube(n) if n & (n - 1) == 0 else None,
+    "hypercube": hypercube,
     "latin": lambda n: latin(n, max(1, min(4, n - 1)), seed=1),
     "pull": lambda n: pull(n, 3, seed=1),
     "ring": ring,
@@ -35,6 +35,11 @@ POOLS = {
 
 def pool_of(name, num_workers):
     return POOLS[name](num_workers)
+
+
+def has(name, num_workers):
+    """Whether there is such a pool: a hypercube has a power of two workers."""
+    return name != "hypercube" or num_workers & (num_workers - 1) == 0
 
 
 def mixed_by_matrices(tree, step, pool, cut, table):
