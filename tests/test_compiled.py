@@ -14,11 +14,11 @@ from crossover_jax.compiled import collectives, schedule, traffic
 
 SLICES, LAYERS, WIDTH = 4, 6, 1024
 POOLS = {
-    "latin": lambda n: cj.latin(n, 8),
-    "exponential": cj.exponential,
-    "ring": lambda n: cj.ring(n),
-    "symmetric": lambda n: cj.symmetric(n, 4, slices=SLICES),
-    "derangements": lambda n: cj.derangements(n, 4),
+    "latin": lambda n: cj.topology.latin(n, 8),
+    "exponential": cj.topology.exponential,
+    "ring": lambda n: cj.topology.ring(n),
+    "symmetric": lambda n: cj.topology.symmetric(n, 4, slices=SLICES),
+    "derangements": lambda n: cj.topology.derangements(n, 4),
 }
 
 
@@ -43,9 +43,8 @@ def compiled_step(pool, devices, *, during, in_flight=None, cut=cj.by_size):
     n = len(devices)
     mesh = cj.make_mesh(n, devices=devices)
     segments = cut(pool.num_rounds)
-    algorithm = cj.crossover_sgd(
-        optax.sgd(0.1, momentum=0.9), n, pool=pool, cut=segments, during=during, in_flight=in_flight
-    )
+    mix = cj.crossover(n, pool=pool, cut=segments, in_flight=in_flight)
+    algorithm = (cj.mix_during if during else cj.mix_after)(optax.sgd(0.1, momentum=0.9), mix)
 
     def step(state, x, t):
         params, inner = state
@@ -74,8 +73,8 @@ def test_pools_alike_in_every_slice_compile_for_four_slices_without_a_conditiona
     ("pool", "slices", "cut"),
     [
         # Within a slice libtpu has five permutes in flight, the sixth follows the first.
-        (lambda n: cj.latin(n, 5), 1, cj.by_size),
-        (lambda n: cj.latin(n, 4), 1, cj.by_rows),
+        (lambda n: cj.topology.latin(n, 5), 1, cj.by_size),
+        (lambda n: cj.topology.latin(n, 4), 1, cj.by_rows),
         (POOLS["exponential"], 1, cj.by_size),
         (POOLS["latin"], 4, cj.by_size),
         (POOLS["latin"], 4, cj.by_rows),
@@ -101,7 +100,9 @@ def test_mixing_during_the_step_sends_before_the_first_matmul_and_is_done_after_
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_no_more_channels_are_under_way_than_in_flight_allows(in_flight):
     devices = chips(1)
-    order = schedule(compiled_step(cj.latin(len(devices), 5), devices, during=True, in_flight=in_flight).as_text())
+    order = schedule(
+        compiled_step(cj.topology.latin(len(devices), 5), devices, during=True, in_flight=in_flight).as_text()
+    )
     steps = {"collective-permute-start": 1, "collective-permute-done": -1}
     under_way = np.cumsum([steps.get(op, 0) for op in order])
     assert under_way.max() == in_flight
@@ -117,7 +118,7 @@ def test_mixing_after_the_step_cannot_be_hidden_and_the_schedule_shows_it(pod):
 def test_the_traffic_of_a_pod_is_one_model_per_worker_over_dcn(pod, hierarchical):
     n = SLICES if hierarchical else len(pod)
     mesh = cj.make_mesh(n, {"device": len(pod) // n}, devices=pod)
-    mix = cj.gossip(cj.latin(n, 3), cj.shuffle(3, 3), cj.by_size(3))
+    mix = cj.gossip(cj.topology.latin(n, 3), cj.by_size(3), cj.topology.shuffle(3, 3))
     x = jax.ShapeDtypeStruct((n, 1024, 1024), jnp.float32, sharding=NamedSharding(mesh, P("worker")))
     t = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     text = cj.per_worker(mix, mesh, replicated=(1,)).lower(x, t).compile().as_text()

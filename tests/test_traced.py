@@ -20,14 +20,18 @@ def model_bytes(params):
     ("make", "models_per_step"),
     [
         (lambda: cj.allreduce_sgd(optax.sgd(0.1)), 2 * 7 / 8),
-        (lambda: cj.crossover_sgd(optax.sgd(0.1), 8, pool=cj.latin(8, 4)), 1),
-        (lambda: cj.crossover_sgd(optax.sgd(0.1), 8, pool=cj.latin(8, 4), local_steps=4), 1 / 4),
+        (lambda: cj.crossover_sgd(optax.sgd(0.1), 8, pool=cj.topology.latin(8, 4)), 1),
+        (lambda: cj.mix_after(optax.sgd(0.1), cj.every(4, cj.crossover(8, pool=cj.topology.latin(8, 4)))), 1 / 4),
         (lambda: cj.sgp(optax.sgd(0.1), 8), 1),
         (lambda: cj.d_psgd(optax.sgd(0.1), 8), 2),
         (lambda: cj.local_sgd(optax.sgd(0.1), 2), 2 * 7 / 8 / 2),
         (
             lambda: cj.crossover_sgd(
-                optax.sgd(0.1), 8, pool=cj.latin(8, 2), cut=cj.by_size(8), table=cj.stream(8, 2, every=4)
+                optax.sgd(0.1),
+                8,
+                pool=cj.topology.latin(8, 2),
+                cut=cj.by_size(8),
+                table=cj.topology.stream(8, 2, every=4),
             ),
             1 / 4,
         ),
@@ -55,8 +59,8 @@ def test_scans_conditionals_and_gathers_are_counted():
 
 
 def test_fixed_points_are_no_message():
-    pool = cj.base(3)
-    mix = cj.gossip(pool, cj.cycle(1, pool.num_rounds), cj.whole())
+    pool = cj.topology.base(3)
+    mix = cj.gossip(pool, cj.whole(), cj.topology.cycle(1, pool.num_rounds))
     sent = [wire_bytes(lambda x, p=p: mix(x, p), jnp.zeros(30), num_workers=3) for p in range(pool.num_rounds)]
     moved = [(pool.receive_from[p] != np.arange(3)).sum() for p in range(pool.num_rounds)]
     np.testing.assert_allclose(sent, [120 * m / 3 for m in moved])
@@ -118,8 +122,8 @@ def test_a_gradient_is_two_products_more_and_a_recomputed_one_three():
 
 
 def test_a_trace_has_the_table_among_its_constants_and_sends_by_permutes():
-    table = cj.shuffle(4, 4)
-    mix = cj.gossip(cj.latin(8, 4), table, cj.by_size(4))
+    table = cj.topology.shuffle(4, 4)
+    mix = cj.gossip(cj.topology.latin(8, 4), cj.by_size(4), table)
     shapes = jax.ShapeDtypeStruct((40,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     traced = trace_worker(mix, *shapes, axes={"worker": 8})
     assert str(traced).count("ppermute") == 4
