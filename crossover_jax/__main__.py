@@ -91,7 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_run_describe)
     command.add_argument("name", metavar="NAME", help=", ".join(TOPOLOGIES))
     command.add_argument("--workers", type=int, required=True, help="how many copies of the model gossip")
-    command.add_argument("--pool-size", type=int, help="rounds of a drawn pool (default: 2 log2 of the workers)")
+    command.add_argument(
+        "--pool-size",
+        type=int,
+        help="rounds of a drawn pool (default: as in training, about 2 log2 of the workers, at least 8)",
+    )
     command.add_argument("--peers", type=int, help="peers per round of exponential and base (default: 1)")
     command.add_argument("--hosts", type=int, default=1, help="equal hosts, to count the messages that leave them")
     command.add_argument("--slices", type=int, default=1, help="equal slices, likewise, and for symmetric")
@@ -199,19 +203,11 @@ def _pool(args: argparse.Namespace) -> topology.Pool:
     for name, value in options.items():
         if value is not None and name not in takes:
             raise ValueError(f"{args.name!r} takes no `--{name.replace('_', '-')}`, got {value}.")
-    defaults = {"pool_size": _default_pool_size(args.workers), "slices": args.slices}
+    defaults = {"pool_size": topology.advised_pool_size(args.workers), "slices": args.slices}
     given = {name: value for name, value in options.items() if value is not None}
     return TOPOLOGIES[args.name](
         args.workers, **{name: value for name, value in (defaults | given).items() if name in takes}
     )
-
-
-def _default_pool_size(workers: int) -> int:
-    return max(1, min(_advised_pool_size(workers), workers - 1))
-
-
-def _advised_pool_size(workers: int) -> int:
-    return math.ceil(2 * math.log2(max(1, workers)))
 
 
 def _peers_heard(pool: topology.Pool) -> int:
@@ -257,10 +253,10 @@ def _by_order(values: dict[str, Any]) -> str:
 
 
 def _hints(report: dict[str, Any]) -> list[str]:
-    advised = _advised_pool_size(report["workers"])
-    if report["name"] != "latin" or report["rounds"] >= min(advised, report["workers"] - 1):
+    advised = topology.advised_pool_size(report["workers"])
+    if report["name"] != "latin" or report["rounds"] >= advised:
         return []
-    return [f"  Take --pool-size {advised} or more: fewer than 2 log2(workers) shifts leave slow directions."]
+    return [f"  Take --pool-size {advised} or more: fewer shifts leave directions that hardly contract."]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,13 @@ from jax.sharding import AxisType, Mesh
 
 
 def make_mesh(
-    num_workers: int, inner: Mapping[str, int] | None = None, *, devices: Sequence[jax.Device] | None = None
+    num_workers: int,
+    inner: Mapping[str, int] | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    axis: str = "worker",
 ) -> Mesh:
-    """A mesh of `num_workers` workers, each of `inner` devices: axes ("worker", *inner), all automatic.
+    """A mesh of `num_workers` workers, each of `inner` devices: axes (`axis`, *inner), all automatic.
 
     `inner` maps axis names to sizes, {"device": 4}; without it a worker is one device. Workers vary slowest, over
     slices and then over hosts, so the devices of one worker are neighbours and what crosses slow links is gossip. A
@@ -29,14 +33,14 @@ def make_mesh(
     inner = dict(inner or {})
     if num_workers < 1:
         raise ValueError(f"`num_workers` must be at least 1, got {num_workers}.")
-    if "worker" in inner or min(inner.values(), default=1) < 1:
-        raise ValueError(f"`inner` must map names other than 'worker' to sizes of at least 1, got {inner}.")
+    if axis in inner or min(inner.values(), default=1) < 1:
+        raise ValueError(f"`inner` must map names other than {axis!r} to sizes of at least 1, got {inner}.")
     each = math.prod(inner.values())
     _check_count(num_workers, each, len(devices))
     devices = sorted(devices, key=lambda d: (_slice(d), d.process_index, d.id))
     _check_cuts(num_workers, each, devices)
     shape = (num_workers, *inner.values())
-    return Mesh(np.asarray(devices).reshape(shape), ("worker", *inner), axis_types=(AxisType.Auto,) * len(shape))
+    return Mesh(np.asarray(devices).reshape(shape), (axis, *inner), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def _slice(device: jax.Device) -> int:

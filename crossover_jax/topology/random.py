@@ -4,6 +4,9 @@ All draws come from `np.random.default_rng([seed, num_workers, pool_size])`: eve
 message. One worker hears nobody, whatever the pool: one round that leaves it alone.
 """
 
+import itertools
+import math
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -36,6 +39,46 @@ def latin(num_workers: int, pool_size: int, seed: int = 0, *, tries: int = 40, s
     draws = np.stack([possible[rng.choice(len(possible), pool_size, replace=False)] for _ in range(tries)])
     shifts = draws[np.argmin(_worst_direction(draws, num_workers))]
     return _half((np.arange(num_workers) - shifts[:, None]) % num_workers)
+
+
+def advised_pool_size(num_workers: int, num_segments: int | None = None) -> int:
+    """The number of shifts for `latin` that mixes well: about 2 log2 n, at least 8, at most n − 1.
+
+    Of an exchange in `num_segments` equal segments the size is a divisor of their number, so that every shift is one
+    channel. It is then between half and twice the size that 2 log2 n asks for, and a round mixes at least half as much
+    (in the logarithm of `contraction`). Fewer segments than half that size leave no such divisor: then the pool has
+    its full size, and the exchange compiles to a `lax.switch` per segment. Raises `ValueError` for numbers below 1, and
+    for segments that would need a pool which hardly mixes; the message names the nearest numbers that work.
+
+    >>> advised_pool_size(64), advised_pool_size(64, 26), advised_pool_size(8)
+    (12, 13, 7)
+    """
+    at_least(1, num_workers=num_workers)
+    most = max(1, num_workers - 1)
+    wanted = min(most, max(8, math.ceil(2 * math.log2(num_workers))))
+    if num_segments is None:
+        return wanted
+    at_least(1, num_segments=num_segments)
+    if 2 * num_segments < wanted:
+        return wanted
+    if size := _divisor_near(wanted, most, num_segments):
+        return size
+    below, above = (
+        next(s for s in itertools.count(num_segments, step) if _divisor_near(wanted, most, s)) for step in (-1, 1)
+    )
+    raise ValueError(
+        f"`num_segments` must have a divisor from {math.ceil(wanted / 2)} to {min(2 * wanted, most)}, the sizes of a "
+        f"pool that mixes {num_workers} workers well, got {num_segments}: take {below} or {above}."
+    )
+
+
+def _divisor_near(wanted: int, most: int, number: int) -> int | None:
+    """The largest divisor of `number` from half of `wanted` to it, else the smallest up to its double, else None."""
+    # Below half, a direction of disagreement is left that hardly shrinks; with one shift of 64, 0.998 of it per round.
+    smaller = range(wanted, (wanted - 1) // 2, -1)
+    # Above, a pool mixes no worse, but a program of more channels sends more and smaller messages.
+    larger = range(wanted + 1, min(2 * wanted, most) + 1)
+    return next((size for size in itertools.chain(smaller, larger) if number % size == 0), None)
 
 
 def symmetric(num_workers: int, pool_size: int, slices: int, *, seed: int = 0) -> Pool:

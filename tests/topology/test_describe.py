@@ -61,6 +61,11 @@ def test_uneven_load_and_a_moving_average_are_said(capsys):
     assert report["messages"]["worker"]["max"] > 1
 
 
+@pytest.mark.parametrize(("workers", "rounds"), [(8, 7), (9, 8), (11, 8), (64, 12)])
+def test_the_pool_that_is_described_is_the_one_that_training_uses(workers, rounds, capsys):
+    assert f"workers {workers}, rounds {rounds}, peers 1" in run(capsys, "latin", "--workers", str(workers))[1]
+
+
 def test_small_latin_pools_are_advised_to_grow(capsys):
     assert "Take --pool-size 12 or more" in run(capsys, "latin", "--workers", "64", "--pool-size", "8")[1]
     assert "--pool-size" not in run(capsys, "latin", "--workers", "64")[1]
