@@ -1,4 +1,4 @@
-"""What the pages say is so: their programs run, their links lead somewhere, their commands and config keys exist."""
+"""What the pages say is so: their programs run, links lead somewhere, commands, files and config keys exist."""
 
 import importlib.util
 import pathlib
@@ -83,12 +83,12 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("page", IN_FORCE, ids=name_of)
-def test_commands_and_config_keys_exist(page):
+def test_commands_files_and_config_keys_exist(page):
     text = page.read_text()
     keys = ml_collections.FrozenConfigDict(default.get_config())
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
-    for path in re.findall(r"(?:python|pytest) ([\w./]+\.py)", text):
+    for path in re.findall(r"(?<![\w./])(?:experiments|benchmarks|docs|tests)/[\w./]*\w", text):
         assert (ROOT / path).exists(), path
     for key in re.findall(r"--config\.([\w.]*\w)", text):
         value = keys
