@@ -12,6 +12,13 @@ from crossover_jax.algorithms import mix_relative as mix_relative
 from crossover_jax.algorithms import mix_with_momentum as mix_with_momentum
 from crossover_jax.consensus import check_copies as check_copies
 from crossover_jax.consensus import consensus_distance as consensus_distance
+from crossover_jax.copies import abstract_copies as abstract_copies
+from crossover_jax.copies import copies as copies
+from crossover_jax.copies import from_local as from_local
+from crossover_jax.copies import local_part as local_part
+from crossover_jax.copies import mean_over_workers as mean_over_workers
+from crossover_jax.copies import one_worker as one_worker
+from crossover_jax.copies import split as split
 from crossover_jax.cuts import Cut as Cut
 from crossover_jax.cuts import by_module as by_module
 from crossover_jax.cuts import by_rows as by_rows
@@ -41,15 +48,8 @@ from crossover_jax.resize import resize as resize
 from crossover_jax.specs import fsdp_specs as fsdp_specs
 from crossover_jax.specs import on_mesh as on_mesh
 from crossover_jax.specs import state_specs as state_specs
-from crossover_jax.workers import abstract_copies as abstract_copies
-from crossover_jax.workers import copies as copies
-from crossover_jax.workers import from_local as from_local
 from crossover_jax.workers import in_place as in_place
-from crossover_jax.workers import local_part as local_part
-from crossover_jax.workers import mean_over_workers as mean_over_workers
-from crossover_jax.workers import one_worker as one_worker
 from crossover_jax.workers import per_worker as per_worker
-from crossover_jax.workers import split as split
 
 
 def __getattr__(name: str) -> Any:

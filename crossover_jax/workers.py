@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,8 @@ from jax.sharding import PartitionSpec as P
 from crossover_jax.axes import Around, Axis, tracing
 from crossover_jax.deprecated import renames
 from crossover_jax.guard import SHARED, check_collectives
-from crossover_jax.leaves import PyTree, flatten, fold_in, is_key, travels, widened
-
-Workers = Mesh | int | tuple[int, ...]  # a mesh of them, or how many one device simulates
+from crossover_jax.leaves import PyTree, flatten, fold_in, is_key
+from crossover_jax.mesh import Workers, axis_names, axis_sizes, is_spec, shardings_of
 
 
 @renames(where="workers")
@@ -59,13 +58,13 @@ def per_worker(
     >>> total(jnp.arange(4.0)).tolist()
     [6.0, 6.0, 6.0, 6.0]
     """
-    sizes, names, parameters = _sizes(workers, axis), _names(axis), _parameters(step)
+    sizes, names, parameters = axis_sizes(workers, axis), axis_names(axis), _parameters(step)
     # Without the state's own sharding on what is returned, nothing is aliased and the next call compiles again.
-    shardings = _shardings(workers, out_specs, axis) if isinstance(workers, Mesh) else None
-    is_sharded = any(spec is not None and any(spec) for spec in jax.tree.leaves(out_specs, is_leaf=_is_spec))
-    donated = (
-        donate if not isinstance(donate, bool) else (0,) if donate and not _among(0, replicated, parameters) else ()
-    )
+    shardings = shardings_of(workers, out_specs, axis) if isinstance(workers, Mesh) else None
+    is_sharded = any(spec is not None and any(spec) for spec in jax.tree.leaves(out_specs, is_leaf=is_spec))
+    if isinstance(donate, bool):
+        donate = (0,) if donate and not _among("0", replicated, parameters) else ()
+    options = _jit_names("donate", donate, parameters) | _jit_names("static", static, parameters)
 
     def all_workers(*args, **kwargs):
         given = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
@@ -84,9 +83,7 @@ def per_worker(
         run = _simulated if not isinstance(workers, Mesh) else partial(_on_mesh, workers)
         return run(one, own, shared, names, sizes)
 
-    return jax.jit(
-        all_workers, out_shardings=shardings, **_jit_names("donate", donated), **_jit_names("static", static)
-    )
+    return jax.jit(all_workers, out_shardings=shardings, **options)
 
 
 def in_place(step: Callable[..., Any]) -> Callable[..., tuple[PyTree, Any]]:
@@ -95,12 +92,8 @@ def in_place(step: Callable[..., Any]) -> Callable[..., tuple[PyTree, Any]]:
     `state` is the tuple of those arguments: flax.nnx modules, optimizers, metrics. Without this their new values would
     be lost, since every worker updates copies.
 
-    >>> class Counter(dict):  # stands for an nnx module
-    ...     pass
-    >>> jax.tree_util.register_pytree_node(Counter, lambda c: ((c["n"],), None), lambda _, n: Counter(n=n[0]))
     >>> def count(counter, more): counter["n"] += more
-    >>> step = per_worker(in_place(count), 4)
-    >>> (counter,), _ = step(copies((Counter(n=jnp.zeros(())),), 4), jnp.arange(4.0))
+    >>> (counter,), _ = per_worker(in_place(count), 4)(({"n": jnp.zeros(4)},), jnp.arange(4.0))
     >>> counter["n"].tolist()
     [0.0, 1.0, 2.0, 3.0]
     """
@@ -193,253 +186,6 @@ def _check_kept(changed: list[Any], result: PyTree) -> None:
         )
 
 
-@renames(where="workers")
-def copies(
-    tree: PyTree | Callable[[], PyTree],
-    workers: Workers,
-    *,
-    specs: PyTree = None,
-    axis: Axis = "worker",
-) -> PyTree:
-    """One copy of the tree per worker: each leaf gets a leading axis of workers, placed where `per_worker` wants it.
-
-    `tree` may be a function that makes it: it is compiled with its result in place, so that no device ever holds more
-    than its part, and nothing is sent where there are many processes. `specs` shards the copies inside their workers
-    as in `per_worker`: PartitionSpecs over the inner axes (None: not sharded), or a prefix of such a tree.
-
-    Random keys are the exception: every worker but the first gets another one, so that workers draw different noise.
-    That holds for typed keys and for arrays that look like `jax.random.PRNGKey(0)`.
-
-    Raises `ValueError` for a leaf that is no array, and for a module in which one Variable stands twice (tied weights),
-    since its copies would come apart.
-
-    >>> copies({"w": jnp.ones(3)}, 4)["w"].shape
-    (4, 3)
-    >>> copies(lambda: {"w": jnp.ones(3)}, 4)["w"].shape
-    (4, 3)
-    """
-    stack = partial(_stack, num_workers=math.prod(_sizes(workers, axis)))
-    shardings = None if not isinstance(workers, Mesh) else _shardings(workers, specs, axis)
-    if make := _function(tree):
-        return jax.jit(lambda: stack(_checked(make())), out_shardings=shardings)()
-    tree = _checked(tree)
-    if isinstance(workers, Mesh):
-        tree = jax.device_put(tree, NamedSharding(workers, P()))  # it may be committed to one device
-    return jax.jit(stack, out_shardings=shardings)(tree)
-
-
-@renames(where="workers")
-def abstract_copies(
-    tree: PyTree | Callable[[], PyTree],
-    workers: Workers,
-    *,
-    specs: PyTree = None,
-    axis: Axis = "worker",
-) -> PyTree:
-    """Shapes `[workers, ...]`, dtypes and shardings of what `copies` would return, for restoring it in place.
-
-    Nothing is computed. The tree may hold arrays or their shapes, or be a function that makes it; simulated workers
-    lie on the default device.
-
-    >>> abstract_copies({"w": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}, 4)["w"].shape
-    (4, 3)
-    """
-    stack, make = partial(_stack, num_workers=math.prod(_sizes(workers, axis))), _function(tree)
-    shapes = jax.eval_shape(lambda: stack(make())) if make else jax.eval_shape(stack, tree)
-    shardings = _shardings(workers, specs, axis) if isinstance(workers, Mesh) else jnp.zeros(()).sharding
-
-    def place(sharding, below):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), below)
-
-    return jax.tree.map(place, shardings, shapes)
-
-
-def _function(tree: Any) -> Callable[[], PyTree] | None:
-    """A function that makes a tree; a module is a tree, though it can be called."""
-    return tree if callable(tree) and jax.tree_util.all_leaves([tree]) else None
-
-
-def _stack(tree: PyTree, num_workers: int) -> PyTree:
-    def stack(x):
-        # Python numbers and what was made of them have weak types, which the first step would strip and compile again.
-        x = jnp.asarray(x)
-        x = x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else x.astype(x.dtype)
-        if is_key(x):
-            return jax.vmap(lambda i: fold_in(x, i))(jnp.arange(num_workers))
-        return jnp.broadcast_to(x, (num_workers, *x.shape))
-
-    return jax.tree.map(stack, tree)
-
-
-def _checked(tree: PyTree) -> PyTree:
-    names, leaves, _ = flatten(tree)
-    for name, leaf in zip(names, leaves, strict=True):
-        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
-            raise ValueError(
-                f"leaf {name!r} must be an array, got {type(leaf).__name__}: keep what is no array out of the tree, "
-                "as by `equinox.partition(model, equinox.is_array)`."
-            )
-    _check_untied(tree)
-    return tree
-
-
-def _check_untied(tree: PyTree) -> None:
-    seen: dict[int, Any] = {}
-
-    def visit(node: Any) -> bool:
-        # Of what cannot change, two references mean nothing; of what can, that both are one.
-        is_mutable = not isinstance(node, tuple | list | dict | jax.Array | np.ndarray) and hasattr(node, "__dict__")
-        is_frozen = getattr(getattr(type(node), "__dataclass_params__", None), "frozen", False)
-        if is_mutable and not is_frozen and id(node) in seen and jax.tree.leaves(node):
-            raise ValueError(
-                f"a {type(node).__name__} stands twice in the tree: the copies of a tied weight would come apart. Keep "
-                "it once, as by `flax.nnx.split(model)`, whose graphdef knows the second place."
-            )
-        seen[id(node)] = node
-        return False
-
-    jax.tree.leaves(tree, is_leaf=visit)
-
-
-@renames(where="workers")
-def split(batch: PyTree, workers: Workers, spec: P | None = None, *, axis: Axis = "worker") -> PyTree:
-    """A flat batch `[batch, ...]` dealt out to the workers, `[workers, per worker, ...]`, and placed.
-
-    Worker i gets the i-th part of consecutive examples. `spec` is over the inner axes, for the dimensions after the
-    first, `P("data")` where the devices of a worker share its examples. With many processes every one passes the whole
-    batch (see `from_local` for their parts). Raises `ValueError` if the workers do not divide the batch.
-
-    >>> split({"image": np.zeros((32, 28, 28))}, 8)["image"].shape
-    (8, 4, 28, 28)
-    """
-    num_workers = math.prod(_sizes(workers, axis))
-    names, leaves, treedef = flatten(batch)
-    for name, leaf in zip(names, leaves, strict=True):
-        if not np.ndim(leaf) or len(leaf) % num_workers:
-            raise ValueError(
-                f"leaf {name!r} must have a first dimension of examples that {num_workers} workers divide, got shape "
-                f"{np.shape(leaf)}: drop the remainder, or choose another batch size."
-            )
-    leaves = [x.reshape(num_workers, -1, *x.shape[1:]) for x in leaves]
-    if not isinstance(workers, Mesh):
-        return treedef.unflatten(jax.device_put(leaves))
-    if all(isinstance(x, jax.Array) for x in leaves):
-        return treedef.unflatten(jax.device_put(leaves, NamedSharding(workers, P(axis, *(spec or ())))))
-    here = [np.asarray(x)[local_part(x.shape, workers, spec, axis=axis)] for x in leaves]
-    return treedef.unflatten(from_local(here, workers, spec, axis=axis))
-
-
-@renames(where="workers")
-def local_part(
-    shape: Sequence[int],
-    workers: Mesh,
-    spec: P | None = None,
-    *,
-    axis: Axis = "worker",
-) -> tuple[slice, ...]:
-    """The part of a global array `[workers, ...]` of that shape that the devices of this process hold.
-
-    `spec` is over the inner axes, for the dimensions after the first: of a batch `[workers, per worker, ...]` that the
-    devices of a worker share it is `P("data")`. A process reads just this part, and `from_local` puts it in place.
-    Raises `ValueError` if what the process holds is not one block.
-
-    >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("worker", "data"))
-    >>> local_part((4, 16), mesh, P("data"))
-    (slice(0, 4, None), slice(0, 16, None))
-    """
-    shape = tuple(shape)
-    held = NamedSharding(workers, P(axis, *(spec or ()))).addressable_devices_indices_map(shape).values()
-    blocks = {tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for index in held if index}
-    box = [(min(start), max(stop)) for start, stop in (zip(*ends, strict=True) for ends in zip(*blocks, strict=True))]
-    if sum(_volume(block) for block in blocks) != _volume(box):
-        raise ValueError(
-            f"`workers` must give this process one block of an array {list(shape)}, got {len(blocks)} blocks that are "
-            "not one: order the mesh's devices by process, as `make_mesh` does."
-        )
-    return tuple(slice(start, stop) for start, stop in box)
-
-
-def _volume(box: Iterable[tuple[int, int]]) -> int:
-    return math.prod(stop - start for start, stop in box)
-
-
-@renames(where="workers")
-def from_local(batch: PyTree, workers: Mesh, spec: P | None = None, *, axis: Axis = "worker") -> PyTree:
-    """Global arrays `[workers, per worker, ...]` of which each process gives the part that its own devices hold.
-
-    `batch` has this process's `local_part` of every leaf, as numpy arrays; with one process that is the whole. `spec`
-    is over the inner axes, for the dimensions after the first. Nothing is sent between processes.
-
-    >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("worker", "data"))
-    >>> from_local(np.zeros((4, 16, 3)), mesh, P("data")).sharding.spec == P("worker", "data")
-    True
-    """
-    sharding = NamedSharding(workers, P(axis, *(spec or ())))
-    with jax.transfer_guard_host_to_device("allow"):  # these are asked for
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-@jax.jit
-def mean_over_workers(tree: PyTree) -> PyTree:
-    """The averaged model: floating-point leaves averaged in float32 at least, of the others the first worker's.
-
-    >>> mean_over_workers({"w": jnp.arange(4.0)})["w"].item()
-    1.5
-    """
-
-    def average(x):
-        return x.astype(widened(x.dtype)).mean(0).astype(x.dtype) if travels(x) else x[0]
-
-    return jax.tree.map(average, tree)
-
-
-def one_worker(tree: PyTree, i: int) -> PyTree:
-    """The values of worker `i`, without the leading axis. Raises `ValueError` if there is no such worker.
-
-    >>> one_worker({"w": jnp.arange(4.0)}, 2)["w"].item()
-    2.0
-    """
-    num_workers = min((len(x) for x in jax.tree.leaves(tree)), default=i + 1)
-    if not 0 <= i < num_workers:
-        raise ValueError(f"`i` must be from 0 to {num_workers - 1}, got {i}.")
-    return _worker(tree, i)
-
-
-@jax.jit
-def _worker(tree: PyTree, i: jax.Array) -> PyTree:
-    return jax.tree.map(lambda x: x[i], tree)
-
-
-def _names(axis: Axis) -> tuple[str, ...]:
-    return (axis,) if isinstance(axis, str) else axis
-
-
-def _sizes(workers: Workers, axis: Axis) -> tuple[int, ...]:
-    """How many workers there are along each axis."""
-    names = _names(axis)
-    if isinstance(workers, Mesh):
-        if missing := [name for name in names if name not in workers.shape]:
-            raise ValueError(
-                f"`workers` must have an axis {missing[0]!r}, got a mesh with axes {tuple(workers.shape)}: name its "
-                "axis of workers, `axis=...`."
-            )
-        return tuple(workers.shape[name] for name in names)
-    sizes = (workers,) if isinstance(workers, int) else workers
-    if min(sizes) < 1 or len(sizes) != len(names):
-        raise ValueError(
-            f"`workers` must be a mesh or a number of workers of at least 1 for each axis of {names}, got {workers}."
-        )
-    return sizes
-
-
-def _is_spec(x: Any) -> bool:
-    return x is None or isinstance(x, P)
-
-
-def _shardings(mesh: Mesh, specs: PyTree, axis: Axis) -> PyTree:
-    return jax.tree.map(lambda spec: NamedSharding(mesh, P(axis, *(spec or ()))), specs, is_leaf=_is_spec)
-
-
 def _parameters(step: Callable[..., Any]) -> list[str]:
     """Names of the step's positional parameters; what has no signature is called by positions only."""
     try:
@@ -449,15 +195,19 @@ def _parameters(step: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-def _among(key: int | str, chosen: Sequence[int | str], parameters: list[str]) -> bool:
+def _among(key: str, chosen: Sequence[int | str], parameters: list[str]) -> bool:
     """Whether an argument, "0" for the first or its name, is among those chosen by position or by name."""
-    position = int(key) if str(key).isdigit() else parameters.index(str(key)) if key in parameters else None
-    name = parameters[position] if position is not None and position < len(parameters) else key
-    return position in chosen or name in chosen
+    known = dict(enumerate(parameters)) | {name: i for i, name in enumerate(parameters)}
+    position_or_name = int(key) if key.isdigit() else key
+    return position_or_name in chosen or known.get(position_or_name) in chosen
 
 
-def _jit_names(what: str, chosen: Sequence[int | str]) -> dict[str, Any]:
-    numbers, names = ([x for x in chosen if isinstance(x, kind)] for kind in (int, str))
+def _jit_names(what: str, chosen: Sequence[int | str], parameters: list[str]) -> dict[str, Any]:
+    """The same arguments for `jit`, by position and by name, however they will be passed."""
+    numbers = {
+        x if isinstance(x, int) else parameters.index(x) for x in chosen if isinstance(x, int) or x in parameters
+    }
+    names = {parameters[i] for i in numbers if i < len(parameters)} | {x for x in chosen if isinstance(x, str)}
     return {f"{what}_argnums": tuple(numbers), f"{what}_argnames": tuple(names)}
 
 
