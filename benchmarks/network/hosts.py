@@ -119,12 +119,11 @@ def run(
     fails, and where it takes more than `timeout` seconds, after which all are killed, and `ValueError` for a rate, a
     setting or a number of hosts that cannot be.
     """
-    if len(commands) > MAX_HOSTS:
-        raise ValueError(f"`commands` must be for at most {MAX_HOSTS} hosts, got {len(commands)}.")
+    _check_count(len(commands))
     tcp = {"limit_output_bytes": int(QUEUED * burst), "slow_start_after_idle": AFTER_IDLE, **(tcp or {})}
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder, contextlib.ExitStack() as opened:
-        names = "".join(f"{address(i)} host{i}\n" for i in range(len(commands)))
-        pathlib.Path(folder, "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+        names = [f"{address(i)} host{i}\n" for i in range(len(commands))]
+        pathlib.Path(folder, "hosts").write_text("".join(["127.0.0.1 localhost\n", *names]))
         _ip("link add bridge0 type bridge", "link set bridge0 up")
         started: list[Host] = []
         try:
@@ -146,6 +145,11 @@ def run(
                 host.process.kill()
                 host.process.wait()
             _ip("link del bridge0")  # the links went with their hosts
+
+
+def _check_count(hosts: int) -> None:
+    if hosts > MAX_HOSTS:
+        raise ValueError(f"`commands` must be for at most {MAX_HOSTS} hosts, got {hosts}.")
 
 
 class Host(NamedTuple):
@@ -188,8 +192,8 @@ def run_self(num_hosts: int, rate: str, **settings: Any) -> list[Any]:
 
 def sent_bytes() -> int:
     """Bytes of frames that this host has sent through its limit, headers included; 0 without a limit."""
-    said = subprocess.run(["tc", "-s", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True, check=True)
-    found = re.search(r"qdisc tbf .*?Sent (\d+) bytes", said.stdout, re.DOTALL)
+    shown = subprocess.run(["tc", "-s", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True, check=True)
+    found = re.search(r"qdisc tbf .*?Sent (\d+) bytes", shown.stdout, re.DOTALL)
     return int(found[1]) if found else 0
 
 
