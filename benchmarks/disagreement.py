@@ -12,7 +12,7 @@ and "along it" is the mean square of a worker's mean over coordinates: what its 
 
 import numpy as np
 
-import crossover_jax as cj
+from crossover_jax.topology import latin
 
 WORKERS, COORDINATES, STEPS, BETA = 64, 1000, 400, 0.9
 INT8 = (1 + 4 / 256) / 4
@@ -20,7 +20,7 @@ MESSAGES = {"float32": (1, [(1, 0)]), "bfloat16": (0.5, [(2, 0), (1, 1)]), "int8
 
 
 def main() -> None:
-    pool = cj.latin(WORKERS, 12)
+    pool = latin(WORKERS, 12)
     matrices = [pool.matrix(p) for p in range(pool.num_rounds)]
     print("wire      rounds of x  of m   models sent   mean square")
     for wire, (size, choices) in MESSAGES.items():

@@ -39,6 +39,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
+from crossover_jax import topology
 from crossover_jax.compiled import collectives, schedule
 from crossover_jax.text import as_table
 from experiments import data, models, program
@@ -227,8 +228,8 @@ def measure_packing(args: argparse.Namespace) -> str:
 
 def make_round_to_oneself(segments: int, wire: str) -> cj.Mix:
     """A round on `segments` channels in which the only worker hears itself."""
-    pool = cj.Pool.from_peers(np.zeros((segments, 1, 1), int), 0.5)
-    return cj.gossip(pool, cj.shuffle(segments, segments), cj.by_size(segments), wire=wire)
+    pool = topology.Pool.from_peers(np.zeros((segments, 1, 1), int), 0.5)
+    return cj.gossip(pool, cj.by_size(segments), wire=wire)
 
 
 def repeat(mix: cj.Mix, count: int) -> Callable[[Any], Any]:
@@ -258,9 +259,9 @@ def describe_gpus(args: argparse.Namespace) -> list[jax.Device]:
         with contextlib.suppress(RuntimeError):  # where JAX is in use already, what there is must do
             jax.config.update("jax_num_cpu_devices", count)
         return jax.devices()[:count]
-    topology = {"topology": f"1x{args.hosts}x{args.gpus}", "target_config": H100}
+    pod = {"topology": f"1x{args.hosts}x{args.gpus}", "target_config": H100}
     try:
-        return list(topologies.get_topology_desc(platform="cuda", **topology).devices)
+        return list(topologies.get_topology_desc(platform="cuda", **pod).devices)
     except NotImplementedError:
         raise RuntimeError(NO_COMPILER) from None
 

@@ -1,4 +1,4 @@
-"""What can be said before anything is trained.
+"""What a topology and links promise, before anything is trained.
 
 `python -m crossover_jax describe NAME --workers N`: what a topology promises.
 `python -m crossover_jax plan --params M --workers N --compute-ms T --dcn-gbps B`: which algorithm pays on such links.

@@ -109,10 +109,8 @@ def traffic(text: str, mesh: Mesh, axis: str | tuple[str, ...] = "worker") -> li
     * A permute sends its message once per pair of its list.
     * Any other collective sends what a ring over its group needs: the least that is possible.
     * What is in a loop counts as often as the loop runs, or once where the text does not tell how often.
-    * Both branches of a conditional count. So for an exchange that compiles to a switch (`is_channels`) this is an
-      upper bound.
-    * For a pod of several slices the compiler writes the text of one slice; what that sends inside is counted as the
-      first slice's.
+    * Both branches of a conditional count: for an exchange that compiles to a switch this is an upper bound.
+    * For a pod of several slices the compiler writes the text of one. What that sends inside counts as the first's.
 
     >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("worker",))
     >>> traffic(" a = f32[8]{0} collective-permute(b), source_target_pairs={{0,1},{1,0}}", mesh)[0].bytes_per_worker

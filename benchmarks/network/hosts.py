@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 INSIDE = "CROSSOVER_JAX_LABORATORY"  # set for the process that holds the bridge
 NEEDED = ("unshare", "nsenter", "ip", "tc", "mount", "hostname")
@@ -119,43 +119,62 @@ def run(
     fails, and where it takes more than `timeout` seconds, after which all are killed, and `ValueError` for a rate, a
     setting or a number of hosts that cannot be.
     """
-    if len(commands) > MAX_HOSTS:
-        raise ValueError(f"`commands` must be for at most {MAX_HOSTS} hosts, got {len(commands)}.")
+    _check_count(len(commands))
     tcp = {"limit_output_bytes": int(QUEUED * burst), "slow_start_after_idle": AFTER_IDLE, **(tcp or {})}
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder, contextlib.ExitStack() as opened:
-        hosts = pathlib.Path(folder, "hosts")
-        names = "".join(f"{address(i)} host{i}\n" for i in range(len(commands)))
-        hosts.write_text(f"127.0.0.1 localhost\n{names}")
+        names = [f"{address(i)} host{i}\n" for i in range(len(commands))]
+        pathlib.Path(folder, "hosts").write_text("".join(["127.0.0.1 localhost\n", *names]))
         _ip("link add bridge0 type bridge", "link set bridge0 up")
-        started = []
+        started: list[Host] = []
         try:
             for i, command in enumerate(commands):
-                inside = ["unshare", "--net", "--uts", "--mount", "sh", "-c", HOST]
-                shell = [*inside, f"host{i}", str(hosts), *command]
-                out, err = (opened.enter_context(open(pathlib.Path(folder, f"{i}.{end}"), "w+")) for end in ENDS)
-                host = subprocess.Popen(
-                    shell, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**os.environ, **(env or {})}
-                )
-                started.append((host, out, err))
-                _plug(i, host.pid, rate, burst)
-                _tune(host.pid, congestion, tcp)
-            for host, *_ in started:
-                host.stdin.write("go\n")
-                host.stdin.close()
-            until = time.monotonic() + timeout
-            while any(host.poll() is None for host, *_ in started) and not any(host.poll() for host, *_ in started):
-                if time.monotonic() > until:
-                    raise RuntimeError(f"`timeout` must be longer: after {timeout} s hosts are still at work")
-                time.sleep(0.05)
-            for i, (host, _, err) in enumerate(started):
-                if host.returncode:
-                    raise RuntimeError(f"host {i} ended with {host.returncode}: {_whole(err)[-2000:]}")
-            return [_whole(out) for _, out, _ in started]
+                ends = [opened.enter_context(open(pathlib.Path(folder, f"{i}.{end}"), "w+")) for end in ENDS]
+                started.append(_start(i, command, f"{folder}/hosts", ends, env or {}))
+                _plug(i, started[i].process.pid, rate, burst)
+                _tune(started[i].process.pid, congestion, tcp)
+            for host in started:
+                host.process.stdin.write("go\n")
+                host.process.stdin.close()
+            _wait([host.process for host in started], timeout)
+            for i, host in enumerate(started):
+                if host.process.returncode:
+                    raise RuntimeError(f"host {i} ended with {host.process.returncode}: {_whole(host.err)[-2000:]}")
+            return [_whole(host.out) for host in started]
         finally:
-            for host, *_ in started:
-                host.kill()
-                host.wait()
+            for host in started:
+                host.process.kill()
+                host.process.wait()
             _ip("link del bridge0")  # the links went with their hosts
+
+
+def _check_count(hosts: int) -> None:
+    if hosts > MAX_HOSTS:
+        raise ValueError(f"`commands` must be for at most {MAX_HOSTS} hosts, got {hosts}.")
+
+
+class Host(NamedTuple):
+    process: subprocess.Popen
+    out: Any
+    err: Any
+
+
+def _start(i: int, command: Sequence[str], names: str, ends: Sequence[Any], env: Mapping[str, str]) -> Host:
+    """A host whose command waits for its link, and for a line on its stdin."""
+    inside = ["unshare", "--net", "--uts", "--mount", "sh", "-c", HOST, f"host{i}", names, *command]
+    out, err = ends
+    process = subprocess.Popen(
+        inside, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**os.environ, **env}
+    )
+    return Host(process, out, err)
+
+
+def _wait(processes: Sequence[subprocess.Popen], timeout: float) -> None:
+    """Until all have ended or one has failed."""
+    until = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+        if time.monotonic() > until:
+            raise RuntimeError(f"`timeout` must be longer: after {timeout} s hosts are still at work")
+        time.sleep(0.05)
 
 
 def run_self(num_hosts: int, rate: str, **settings: Any) -> list[Any]:
@@ -173,8 +192,8 @@ def run_self(num_hosts: int, rate: str, **settings: Any) -> list[Any]:
 
 def sent_bytes() -> int:
     """Bytes of frames that this host has sent through its limit, headers included; 0 without a limit."""
-    said = subprocess.run(["tc", "-s", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True, check=True)
-    found = re.search(r"qdisc tbf .*?Sent (\d+) bytes", said.stdout, re.DOTALL)
+    shown = subprocess.run(["tc", "-s", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True, check=True)
+    found = re.search(r"qdisc tbf .*?Sent (\d+) bytes", shown.stdout, re.DOTALL)
     return int(found[1]) if found else 0
 
 

@@ -105,9 +105,9 @@ def make_mix(n: int, spec: Spec) -> cj.Mix:
     pool = topology.latin(n, rounds, swaps=n == 2)
     if spec.home:
         pool = topology.Pool(np.broadcast_to(np.arange(n), pool.receive_from.shape), pool.share)
-    table = (topology.sample if spec.name == "switch" else topology.shuffle)(segments, pool.num_rounds)
+    table = topology.sample if spec.name == "switch" else topology.shuffle
     cut = (cj.by_rows if spec.rows else cj.by_size)(segments)
-    return cj.gossip(pool, table, cut, wire=spec.wire, in_flight=spec.in_flight)
+    return cj.gossip(pool, cut, table, wire=spec.wire, in_flight=spec.in_flight)
 
 
 def make_gossip(n: int, spec: Spec) -> cj.Algorithm:
