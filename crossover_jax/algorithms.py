@@ -38,19 +38,28 @@ class Algorithm(NamedTuple):
 
 
 def apply_if_finite(
-    params: PyTree, updates: PyTree, new: PyTree, old: PyTree, sent: Callable[[PyTree], list] = lambda state: []
+    params: PyTree,
+    updates: PyTree,
+    new: PyTree,
+    old: PyTree,
+    *,
+    onto: PyTree = None,
+    sent: Callable[[PyTree], list] = lambda state: [],
 ) -> tuple[PyTree, PyTree]:
-    """`(params + updates, new state)`, or `params` and the `old` state where that would spoil what is sent.
+    """`(onto + updates, new state)`, or `onto` and the `old` state where the step would spoil what is sent.
 
-    `sent(state)` is what of the state travels too. Counters of the new state are kept all the same: a schedule goes on,
-    and they stay equal on all workers. What is not finite before the step does not count.
+    That are `params + updates`, and `sent(state)`. `onto` is what became of the parameters, by default themselves.
+    Counters of the new state are kept all the same: a schedule goes on, and they stay equal on all workers. What is not
+    finite before the step does not count.
     """
+    onto = params if onto is None else onto
+    # Of `params`, not of `onto`: an exchange that it had to wait for could not hide behind the gradient.
     stepped = optax.apply_updates(params, updates)
     before, after = (jax.tree.leaves((x, sent(state))) for x, state in ((params, old), (stepped, new)))
     spoilt = [jnp.any(jnp.isfinite(x) & ~jnp.isfinite(y)) for x, y in zip(before, after, strict=True) if travels(x)]
     # One answer for the whole worker: a step of some layers only is one that no optimizer meant.
     ok = ~jnp.any(jnp.stack(spoilt)) if spoilt else jnp.bool_(True)
-    return _choose(ok, stepped, params), _choose(ok, new, old)
+    return _choose(ok, optax.apply_updates(onto, updates), onto), _choose(ok, new, old)
 
 
 def _choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
@@ -138,7 +147,7 @@ def mix_during(optimizer: optax.GradientTransformation, mix: AnyMix) -> Algorith
 
     def update(grads, state, params, step, **extra):
         updates, new = optimizer.update(grads, state, params, **extra)
-        return apply_if_finite(mix(params, step), updates, new, state)
+        return apply_if_finite(params, updates, new, state, onto=mix(params, step))
 
     return Algorithm(init_of(optimizer), update)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from crossover_jax.axes import SAME, message_of_step
+from crossover_jax.traced import axes_of, inner_jaxprs
 
 Differs = frozenset[str]  # the axes of workers along which a value may differ
 SHARED: Differs = frozenset()
@@ -55,10 +56,10 @@ def _step(eqn: Any, ins: list[Differs], axes: Differs) -> tuple[list[Differs], l
     if params.get("name") == SAME and ins[0]:
         raise ValueError(message_of_step(ins[0]))
     together = SHARED.union(*ins)
-    if over := _names(params) & axes:
+    if over := axes_of(params) & axes:
         is_shared = name.startswith(REDUCTIONS) and params.get("axis_index_groups") is None
         return [together - over if is_shared else together | over] * count, ins
-    inner = list(_inner(params))
+    inner = list(inner_jaxprs(params))
     if len(inner) == 1 and len(inner[0].invars) == len(ins) and len(inner[0].outvars) == count:
         return _flow(inner[0], ins, axes)  # jit, checkpoint, custom derivatives, a nested shard_map
     for jaxpr in inner:  # whatever it does with them: what it reads may be all that it is given
@@ -127,23 +128,10 @@ def _refuse(jaxprs: list[Any], differs: Differs, axes: Differs, what: str) -> No
 
 def _collectives(jaxpr: Any, axes: Differs) -> Iterator[tuple[str, str]]:
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name != "axis_index" and (over := _names(eqn.params) & axes):
+        if eqn.primitive.name != "axis_index" and (over := axes_of(eqn.params) & axes):
             yield eqn.primitive.name, min(over)
-        for inner in _inner(eqn.params):
+        for inner in inner_jaxprs(eqn.params):
             yield from _collectives(inner, axes)
-
-
-def _names(params: dict[str, Any]) -> Differs:
-    names = params.get("axes", params.get("axis_name", ()))
-    return frozenset(n for n in (names if isinstance(names, tuple) else (names,)) if isinstance(n, str))
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """The programs that a primitive is given."""
-    for value in params.values():
-        for one in value if isinstance(value, list | tuple) else (value,):
-            if hasattr(_jaxpr(one), "eqns"):
-                yield _jaxpr(one)
 
 
 def _jaxpr(program: Any) -> Any:

@@ -89,10 +89,10 @@ def _total_of(eqn: Equation, cost: Callable[[Equation], float]) -> float:
     if eqn.primitive.name == "cond":
         return max(_total(branch.jaxpr, cost) for branch in eqn.params["branches"])
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-    return cost(eqn) + times * sum((_total(inner, cost) for inner in _inner_jaxprs(eqn.params)), 0.0)
+    return cost(eqn) + times * sum((_total(inner, cost) for inner in inner_jaxprs(eqn.params)), 0.0)
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
     """Those of jit, remat, loops, `shard_map` and functions with a rule of their own, whatever the parameter is called.
 
     Rules for derivatives are not among them: they are functions until somebody differentiates.
@@ -107,21 +107,22 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
 
 def _sent(axis: str, n: int, eqn: Equation) -> float:
     name, params = eqn.primitive.name, eqn.params
-    if axis not in _axes(params) or name in _FREE:
+    if axis not in axes_of(params) or name in _FREE:
         return 0.0
     size = sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.invars)
     if name == "ppermute":
         return size * sum(i != j for i, j in params["perm"]) / n
-    if name.startswith("psum"):
+    if name.startswith(("psum", "pmax", "pmin")):
         return size * 2 * (n - 1) / n
     if name.startswith("all_gather"):
         return float(size * (n - 1))
-    raise ValueError(f"`wire_bytes` knows ppermute, psum and all_gather, got {name} over axis {axis!r}.")
+    raise ValueError(f"`wire_bytes` knows ppermute, psum, pmax, pmin and all_gather, got {name} over axis {axis!r}.")
 
 
-def _axes(params: dict[str, Any]) -> tuple[Any, ...]:
+def axes_of(params: dict[str, Any]) -> frozenset[str]:
+    """The axes that a primitive communicates over."""
     names = params.get("axes", params.get("axis_name", ()))
-    return names if isinstance(names, tuple) else (names,)
+    return frozenset(n for n in (names if isinstance(names, tuple) else (names,)) if isinstance(n, str))
 
 
 def _multiplications(eqn: Equation) -> float:

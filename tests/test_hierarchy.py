@@ -1,8 +1,8 @@
 """Slices of a mesh as workers: gossip on two levels, inside a slice and more rarely between slices, and even loads."""
 
-import inspect
 import collections
 import functools
+import inspect
 import re
 from types import SimpleNamespace
 

@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.traced import wire_bytes
 from crossover_jax.mixing import is_channels
+from crossover_jax.traced import wire_bytes
 from tests.oracles import POOLS, has, mixed_by_matrices, pool_of
 
 ROUNDING = {"rtol": 1e-6, "atol": 1e-6}

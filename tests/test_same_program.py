@@ -1,6 +1,5 @@
 """A step is the same program on a mesh and simulated: same values, same gradients, and the same steps refused."""
 
-
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -163,8 +162,9 @@ def test_a_simulated_average_adds_vectors_inside_every_transformation(wrap):
 
 def test_explicit_axes_take_numpy_batches():
     where = jax.make_mesh((WORKERS,), (AXIS,), axis_types=(AxisType.Explicit,), devices=jax.devices()[:WORKERS])
-    got = cj.per_worker(cj.crossover(WORKERS), where, replicated=(1,))(X, jnp.int32(1))
-    expected = cj.per_worker(cj.crossover(WORKERS), WORKERS, replicated=(1,))(X, jnp.int32(1))
+    got, expected = (
+        cj.per_worker(cj.crossover(WORKERS), place, (1,), donate=False)(X, jnp.int32(1)) for place in (where, WORKERS)
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
