@@ -37,8 +37,8 @@ def temporaries(where, workers, rounds, shapes, specs, dtype, table=None, in_fli
     sharding = NamedSharding(mesh, P("worker", *(specs or ())))
     scale = 1 if specs is None else inner
     leaves = [jax.ShapeDtypeStruct((workers, scale * n, *rest), dtype, sharding=sharding) for n, *rest in shapes]
-    table = cj.shuffle(rounds, rounds) if table is None else table
-    mix = cj.gossip(cj.latin(workers, rounds), table, cut(table.shape[1]), specs=specs, in_flight=in_flight)
+    table = cj.topology.shuffle(rounds, rounds) if table is None else table
+    mix = cj.gossip(cj.topology.latin(workers, rounds), table, cut(table.shape[1]), specs=specs, in_flight=in_flight)
     step = cj.per_worker(mix, mesh, replicated=(1,), out_specs=specs)
     t = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     memory = step.lower(leaves, t).compile().memory_analysis()
@@ -68,7 +68,7 @@ def test_an_exchange_needs_little_more_than_what_leaves_and_what_arrives(
 
 
 def test_half_of_the_segments_need_half_of_the_messages_beside_the_packed_model():
-    table = cj.stream(8, 2, every=2)
+    table = cj.topology.stream(8, 2, every=2)
     assert temporaries(ONE_SLICE, 16, 2, EVEN, None, jnp.float32, table) < 2.2
 
 
@@ -96,7 +96,7 @@ def test_where_nothing_is_packed_little_more_is_needed_than_the_messages(where, 
 def test_on_cpus_too_rows_are_written_where_they_lie():
     """Two of eight segments leave and two arrive; a copy of a leaf would be seen by itself."""
     mesh = cj.make_mesh(8, devices=jax.devices()[:8])
-    mix = cj.gossip(cj.latin(8, 4), cj.shuffle(8, 4), cj.by_rows(8), in_flight=1)
+    mix = cj.gossip(cj.topology.latin(8, 4), cj.by_rows(8), cj.topology.shuffle(8, 4), in_flight=1)
     leaves = cj.copies(lambda: [jnp.zeros((8192, 4)), jnp.zeros((64, 16, 32))], mesh)
     done = cj.per_worker(mix, mesh, replicated=(1,)).lower(leaves, jnp.int32(0)).compile()
     assert done.memory_analysis().temp_size_in_bytes < 1.02 * (2 / 8 + 2 / 8) * (32768 + 32768) * 4
