@@ -1,14 +1,10 @@
 """How far the workers are apart."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossover_jax.cuts import flatten, travels, widened
-
-PyTree = Any
+from crossover_jax.leaves import PyTree, flatten, is_key, travels, widened
 
 
 @jax.jit
@@ -34,7 +30,6 @@ def _first_that_differs(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """For each leaf whether a worker differs from worker 0, and the first that does."""
 
     def differs(x):
-        x = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
         same = (x == x[:1]) | ((x != x) & (x[:1] != x[:1]))  # NaN equals NaN
         return jnp.any(~same, axis=tuple(range(1, x.ndim)))
 
@@ -45,22 +40,23 @@ def _first_that_differs(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
 def check_copies(tree: PyTree) -> None:
     """Raise `ValueError` naming leaf and worker if the workers' copies are not equal.
 
-    Every leaf has a leading axis of workers.
+    Every leaf has a leading axis of workers. Random keys do not count: `copies` gives each worker its own.
 
     >>> check_copies({"w": jnp.ones((4, 2))})
     """
     names, leaves, _ = flatten(tree)
-    for name, leaf in zip(names, leaves, strict=True):
+    compared = [(name, leaf) for name, leaf in zip(names, leaves, strict=True) if not is_key(leaf, leading=1)]
+    for name, leaf in compared:
         if not leaf.ndim:
             raise ValueError(
                 f"leaf {name!r} must have a leading axis of workers, got shape (): stack it with `copies`."
             )
-    if not leaves:
+    if not compared:
         return
-    wrong, first = _first_that_differs(leaves)
+    wrong, first = _first_that_differs([leaf for _, leaf in compared])
     if np.any(wrong):
         leaf = int(np.argmax(wrong))
         raise ValueError(
-            f"the workers' copies must start equal, but leaf {names[leaf]!r} of worker {first[leaf]} differs from "
-            "worker 0's: initialise every worker from one seed, or with `copies`."
+            f"the workers' copies must start equal, but leaf {compared[leaf][0]!r} of worker {first[leaf]} differs "
+            "from worker 0's: initialise every worker from one seed, or with `copies`."
         )

@@ -7,10 +7,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-PyTree = Any
+from crossover_jax.leaves import PyTree, flatten, travels
 
 
 class Packing(NamedTuple):
@@ -55,8 +54,8 @@ class Cut:
         total = sum(_size(leaf) for leaf in leaves)
         if total and self.num_segments > total:
             raise ValueError(
-                f"`num_segments` must be at most the number of elements that travel (from each device), {total}, got "
-                f"{self.num_segments}."
+                f"`cut` must make at most as many segments as elements travel (from each device), {total}, but it "
+                f"makes {self.num_segments}: pass `cut=by_size(k)` with fewer, or `whole()`."
             )
         groups: dict[Any, list[int]] = {}
         for i, leaf in enumerate(leaves):
@@ -186,29 +185,6 @@ def by_module(tree: PyTree, depth: int | Callable[[str], str] = 1) -> Cut:
         return modules[module_of(name)]
 
     return Cut(len(modules), segment_of_name)
-
-
-def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
-    """Names "layers/0/kernel", leaves and structure of a tree; flax.nnx's trailing "value" is dropped."""
-    paths, treedef = jax.tree.flatten_with_path(tree)
-    names = [_name(path) for path, _ in paths]
-    return names, [leaf for _, leaf in paths], treedef
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # flax.nnx wraps each leaf in a Variable
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def travels(leaf: Any) -> bool:
-    """Floating-point and complex leaves can be averaged; counters, flags and random keys stay at home."""
-    return jax.dtypes.issubdtype(leaf.dtype, np.inexact)
-
-
-def widened(dtype: Any) -> Any:
-    """The dtype in which values are averaged: float32 for the narrower ones, whose averages would stall."""
-    return dtype if jax.numpy.finfo(dtype).bits >= 32 else np.dtype(np.float32)
 
 
 def _size(leaf: Any) -> int:

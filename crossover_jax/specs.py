@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-PyTree = Any
+from crossover_jax.leaves import PyTree
 
 
 def fsdp_specs(params: PyTree, mesh: Mesh, axis: str = "fsdp", *, min_size: int = 2**16) -> PyTree:

@@ -7,12 +7,12 @@ import ml_collections
 import optax
 
 import crossover_jax as cj
-from crossover_jax.presets import pool_size as advised_pool_size
+from crossover_jax import topology
 from experiments import models
 
 PyTree = Any
 CUTS = {"size": cj.by_size, "rows": cj.by_rows}
-POOLS = {"latin": cj.latin, "balanced": cj.balanced, "derangements": cj.derangements}
+POOLS = {"latin": topology.latin, "balanced": topology.balanced, "derangements": topology.derangements}
 ROWS = 8  # segments of rows: most layers have a multiple of it, and what a segment does not divide is packed
 
 
@@ -41,12 +41,12 @@ def _crossover(
     pool_size: int | None,
     cut: str,
     segments: int | None,
-    seed: int,
     local_steps: int,
     rounds: int,
     momentum_rounds: int | None,
     renew_every: int | None,
     during: bool,
+    seed: int,
     **messages: Any,
 ) -> cj.Algorithm:
     """As recommended: `latin`, `shuffle`, `by_size`; what is None is chosen by the number of workers."""
@@ -57,32 +57,32 @@ def _crossover(
             f"of `config.crossover.during`, `momentum_rounds` and `renew_every` at most one must be set, got "
             f"{' and '.join(found)}: they are three orders of step and exchange."
         )
-    parts = CUTS[cut](segments or pool_size or (ROWS if cut == "rows" else advised_pool_size(num_workers)))
-    permutations = POOLS[pool](num_workers, pool_size or advised_pool_size(num_workers, parts), seed)
-    table = cj.shuffle(parts.num_segments, permutations.num_rounds, seed=seed)
-    if during:
-        _check_overlap(local_steps, parts.num_segments, permutations.num_rounds, cj.is_channels(table, parts))
-    once = cj.gossip(permutations, table, parts, specs=specs, **messages)
+    parts = segments or pool_size or (ROWS if cut == "rows" else None)
+    size = pool_size or topology.advised_pool_size(num_workers, parts)
+    chosen = POOLS[pool](num_workers, size, seed)
+    once = cj.crossover(num_workers, pool=chosen, cut=CUTS[cut](parts or size), seed=seed, specs=specs, **messages)
     mix = cj.every(local_steps, cj.repeat(rounds, once))
+    if during and not mix.can_overlap:
+        raise ValueError(
+            "`config.crossover.during` must be False where the exchange compiles to a conditional, beside which "
+            f"nothing runs, got {parts or size} segments of a pool of {size} and `local_steps` {local_steps}: take a "
+            "multiple of the pool's size, and an exchange at every step."
+        )
     if momentum_rounds:
-        return cj.mix_all(optimizer, mix, cj.every(local_steps, cj.repeat(momentum_rounds, once)))
+        return cj.mix_with_momentum(optimizer, mix, cj.every(local_steps, cj.repeat(momentum_rounds, once)))
     if renew_every:
-        return cj.mix_relative(optimizer, mix, renew_every, specs=specs)
+        return cj.mix_relative(optimizer, mix, renew_every)
     return (cj.mix_during if during else cj.mix_after)(optimizer, mix)
 
 
-def _check_overlap(local_steps: int, num_segments: int, num_rounds: int, is_channels: bool) -> None:
-    """Raise `ValueError` where messages stand in a conditional, which no compiler runs beside the gradient."""
-    if local_steps > 1:
-        raise ValueError(
-            f"`config.crossover.during` must be False with `local_steps` above 1, got {local_steps}: an exchange that "
-            "is not at every step compiles to a conditional, and nothing hides it."
-        )
-    if not is_channels:
-        raise ValueError(
-            f"`config.crossover.during` must be False where segments choose their round by a switch, which nothing "
-            f"hides, got {num_segments} segments and a pool of {num_rounds}: take a multiple of the pool's size."
-        )
+def _crossover_phases(
+    optimizer: optax.GradientTransformation, num_workers: int, params: PyTree, specs: PyTree, *, during: bool
+) -> cj.Algorithm:
+    """`crossover_sgd_phases`, and its exchange while the gradient is taken."""
+    del params
+    pool = topology.exponential(num_workers)
+    mix = cj.crossover(num_workers, pool=pool, table=topology.rotate, specs=specs)
+    return (cj.mix_during if during else cj.mix_after)(optimizer, mix)
 
 
 def _crossover_paper(
@@ -109,8 +109,6 @@ ALGORITHMS: dict[str, Callable[..., cj.Algorithm]] = {
     "d_psgd": lambda optimizer, n, params, specs: cj.d_psgd(optimizer, n, specs=specs),
     "sgp": lambda optimizer, n, params, specs, **own: cj.sgp(optimizer, n, specs=specs, **own),
     "crossover": _crossover,
-    "crossover_phases": lambda optimizer, n, params, specs, **own: cj.crossover_sgd_phases(
-        optimizer, n, specs=specs, **own
-    ),
+    "crossover_phases": _crossover_phases,
     "crossover_paper": _crossover_paper,
 }

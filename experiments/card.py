@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from crossover_jax.cuts import flatten
+from crossover_jax.leaves import flatten
 from experiments import data, report
 from experiments.settings import versions
 

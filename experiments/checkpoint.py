@@ -29,7 +29,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crossover_jax.cuts import flatten
+from crossover_jax.leaves import flatten
 from experiments import processes
 from experiments.checksums import inspect
 from experiments.step import Diverged

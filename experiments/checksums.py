@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from crossover_jax.cuts import travels
+from crossover_jax.leaves import travels
 
 PyTree = Any
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crossover_jax import Algorithm, consensus_distance, mean, per_worker
+from crossover_jax import Algorithm, consensus_distance, mean_over_workers, per_worker
 from experiments import processes
 from experiments.step import TrainState, fetch
 
@@ -51,7 +51,7 @@ def make_evaluate(
 
     def evaluate(step: int, state: TrainState, batches: Iterable[PyTree]) -> dict[str, float]:
         own = models(state)
-        averaged = mean(own)
+        averaged = mean_over_workers(own)
         counts = [
             (of_mean(averaged, place_for_mean(batch)), of_workers(own, place_for_workers(batch)) if each else None)
             for batch in batches

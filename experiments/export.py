@@ -95,7 +95,7 @@ def export(
     model_of = restored.program.algorithm.model
     of_workers = cj.per_worker(lambda s: (model_of(s.params, s.algorithm), s.model_state), num_workers, donate=False)
     own = of_workers(restored.state)
-    params, model_state = cj.mean(own) if workers == "mean" else cj.worker(own, int(workers))
+    params, model_state = cj.mean_over_workers(own) if workers == "mean" else cj.one_worker(own, int(workers))
     model_state, statistics = _statistics(restored, params, model_state, workers, batch_norm, examples)
     figures = evaluate(workdir, restored, own[0], params, model_state)
     tree = plain({"params": params, "model_state": model_state})

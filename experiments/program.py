@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import wire_bytes
-from crossover_jax.cuts import flatten
+from crossover_jax.leaves import flatten
+from crossover_jax.traced import wire_bytes
 from experiments import data, models, processes
 from experiments.algorithms import make_algorithm, own_keys
 from experiments.evaluate import batch_axes
@@ -184,8 +184,8 @@ def placements(workers: Mesh | int) -> tuple[Callable, Callable, Callable]:
         )
     spec, everywhere = P(batch_axes(workers)), NamedSharding(workers, P())
     return (
-        partial(cj.local_part, where=workers, spec=spec),
-        partial(cj.from_local, where=workers, spec=spec),
+        partial(cj.local_part, workers=workers, spec=spec),
+        partial(cj.from_local, workers=workers, spec=spec),
         lambda t: processes.place(np.int32(t), everywhere),
     )
 

@@ -186,7 +186,6 @@ def _resized(
     workers: Mesh | int,
 ) -> TrainState:
     processes.say(f"resuming {num_workers} workers on {config.num_workers}: {how}")
-    cj.check_counters(state)
     matrix = MATRICES[how](num_workers, config.num_workers)
     target = cj.abstract_copies(program.shapes, workers, specs=program.specs)
     shardings = jax.tree.map(lambda x: x.sharding, target)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from crossover_jax.traced import trace_worker
 from crossover_jax.wire import WIRES
 from experiments import data, models, processes
 from experiments.algorithms import ALGORITHMS, CUTS, POOLS
@@ -177,8 +178,10 @@ def fingerprint(config: ml_collections.ConfigDict, program: Any, *datasets: data
 def exchange_digests(program: Any, num_workers: int) -> tuple[str, str]:
     """Digests of the traced exchange (permutations, shares, segments) and of the arrays it reads (the table)."""
     state, step = program.shapes, jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.make_jaxpr(
-        lambda s, t: program.algorithm.update(s.params, s.algorithm, s.params, t), axis_env=[("worker", num_workers)]
-    )(state, step)
+
+    def update(state, step):
+        return program.algorithm.update(state.params, state.algorithm, state.params, step)
+
+    traced = trace_worker(update, state, step, axes={"worker": num_workers})
     text = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))  # addresses of functions
     return processes.digest(text.encode()), processes.digest(*(np.asarray(x) for x in traced.consts))

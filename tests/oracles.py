@@ -3,7 +3,18 @@
 import jax
 import numpy as np
 
-from crossover_jax import balanced, base, complete, derangements, exponential, hypercube, latin, pull, ring, symmetric
+from crossover_jax.topology import (
+    balanced,
+    base,
+    complete,
+    derangements,
+    exponential,
+    hypercube,
+    latin,
+    pull,
+    ring,
+    symmetric,
+)
 
 POOLS = {
     "balanced": lambda n: balanced(n, 4, seed=1),
@@ -31,7 +42,7 @@ def has(name, num_workers):
     return name != "hypercube" or num_workers & (num_workers - 1) == 0
 
 
-def mixed_by_matrices(tree, step, pool, table, cut):
+def mixed_by_matrices(tree, step, pool, cut, table):
     """Every element of every leaf `[workers, ...]` times the matrix of the round its segment takes, in float64."""
     segments = cut.segment_of(jax.tree.map(lambda x: x[0], tree))
     row = table[step % len(table)].tolist()

@@ -6,6 +6,7 @@ from crossover_jax.topology.graphs import exponential as exponential
 from crossover_jax.topology.graphs import hypercube as hypercube
 from crossover_jax.topology.graphs import ring as ring
 from crossover_jax.topology.pool import Pool as Pool
+from crossover_jax.topology.random import advised_pool_size as advised_pool_size
 from crossover_jax.topology.random import balanced as balanced
 from crossover_jax.topology.random import derangements as derangements
 from crossover_jax.topology.random import latin as latin

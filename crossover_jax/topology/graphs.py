@@ -19,6 +19,7 @@ def ring(num_workers: int, directed: bool = False) -> Pool:
     array([[[3, 0, 1, 2]]])
     """
     at_least(1, num_workers=num_workers)
+    # Two workers are each other's left and right neighbour: [1, -1] would weigh that one peer twice, 2/3 to 1/3.
     return _circulant(num_workers, [[1]] if directed or num_workers == 2 else [[1, -1]])
 
 
@@ -71,8 +72,8 @@ def complete(num_workers: int) -> Pool:
     return _circulant(num_workers, [list(range(1, num_workers))])
 
 
-def base(num_workers: int, max_degree: int = 1) -> Pool:
-    """Base-(k+1) graph: one pass averages exactly for any number of workers, with at most k = `max_degree` peers each.
+def base(num_workers: int, peers: int = 1) -> Pool:
+    """Base-(k+1) graph: one pass averages exactly for any number of workers, with at most k = `peers` each.
 
     At most 2·log_{k+1}(n) + 2 rounds; every W is symmetric. A worker without a partner in a round is a fixed point and
     sends nothing. Raises `ValueError` for fewer than one worker or peer.
@@ -86,12 +87,14 @@ def base(num_workers: int, max_degree: int = 1) -> Pool:
     >>> state
     array([2., 2., 2., 2., 2.])
     """
-    at_least(1, num_workers=num_workers, max_degree=max_degree)
-    factors, rest = _factors(num_workers, max_degree + 1)
-    rounds = _simple_base(num_workers, max_degree)
-    if 1 < rest < num_workers:  # average in every group of `rest` workers, then across the groups
-        inside = [this.in_groups(num_workers // rest) for this in _simple_base(rest, max_degree)]
-        across = _hyper_hypercube(num_workers, [rest, *factors], max_degree, first=1)
+    at_least(1, num_workers=num_workers, peers=peers)
+    factors, rest = _factors(num_workers, peers + 1)
+    rounds = _simple_base(num_workers, peers)
+    # Where n = rest · (small factors), averaging in groups of `rest` workers and then across the groups is exact too,
+    # and often shorter: 6 workers take 4 rounds in groups and 5 as one.
+    if 1 < rest < num_workers:
+        inside = [this.in_groups(num_workers // rest) for this in _simple_base(rest, peers)]
+        across = _hyper_hypercube(num_workers, [rest, *factors], peers, first=1)
         rounds = min(rounds, inside + across, key=len)
     return Pool.from_peers(np.stack([r.receive_from for r in rounds]), np.stack([r.share for r in rounds]))
 
@@ -99,6 +102,8 @@ def base(num_workers: int, max_degree: int = 1) -> Pool:
 def _circulant(num_workers: int, hops: list[list[int]]) -> Pool:
     """In round `p` everyone sends `hops[p][k]` workers ahead, with equal weights; equal hops are one message."""
     hop = np.array(hops if num_workers > 1 else [[0]]) % num_workers
+    # With few workers several hops reach the same one. Sent one by one they would be the same message several times:
+    # the first of them takes the weight of all, the others become a hop to oneself, which is no message.
     same = hop[:, :, None] == hop[:, None, :]
     sends = (same.argmax(-1) == np.arange(hop.shape[1])) & (hop > 0)
     hop, share = np.where(sends, hop, 0)[..., None], np.where(sends, same.sum(-1) / (hop.shape[1] + 1), 0.0)[..., None]
@@ -114,6 +119,7 @@ class _Round:
         self.share = np.zeros((peers, num_workers))
 
     def average(self, cliques: Int[np.ndarray, "cliques size"]) -> None:
+        # Every member must hear all others. As peers are permutations, they are the size − 1 rotations of the clique.
         size = cliques.shape[1]
         for shift in range(1, size):
             self.receive_from[shift - 1, cliques] = np.roll(cliques, shift, axis=1)
@@ -128,6 +134,7 @@ class _Round:
         peers, size = self.share.shape
         copy = _Round(groups * size, peers)
         first = np.repeat(np.arange(groups), size) * size
+        # Groups are ranges of workers, so that a round inside them is the same round, moved.
         copy.receive_from, copy.share = np.tile(self.receive_from, groups) + first, np.tile(self.share, groups)
         return copy
 
@@ -135,6 +142,7 @@ class _Round:
 def _factors(number: int, largest: int) -> tuple[list[int], int]:
     """Factors of `number` between 2 and `largest`, in ascending order, and what is left without such factors."""
     factors = []
+    # Large factors first: each one is a round, and 6 = 2 · 3 takes one with five peers instead of two.
     for factor in range(largest, 1, -1):
         while number % factor == 0:
             factors.append(factor)
@@ -146,6 +154,7 @@ def _cliques(workers: Int[np.ndarray, "workers"], factors: list[int], j: int) ->
     """The workers in groups that differ only in digit `j mod len(factors)` of their mixed-radix numbers."""
     if not factors:
         return workers[:, None]
+    # There are as many rounds as the largest block needs. A smaller block averages again, which changes nothing.
     j %= len(factors)
     digits = workers.reshape(-1, factors[j], math.prod(factors[:j]))
     return digits.swapaxes(1, 2).reshape(-1, factors[j])
@@ -177,15 +186,19 @@ def _blocks(workers: Int[np.ndarray, "workers"], base: int) -> list[Int[np.ndarr
 def _simple_base(num_workers: int, peers: int) -> list[_Round]:
     """Algorithm 2: every block averages; each passes down to all later ones; every part of a block averages."""
     factors, rest = _factors(num_workers, peers + 1)
-    if rest == 1:
+    if rest == 1:  # n is a product of small numbers, and one digit after the other is exact
         return _hyper_hypercube(num_workers, factors, peers)
     blocks = _blocks(np.arange(num_workers), peers + 1)
     whole = [_factors(block.size, peers + 1)[0] for block in blocks]
     within = [_factors(block.shape[1], peers + 1)[0] or factors for block, factors in zip(blocks, whole, strict=True)]
+    # First every block, by itself, comes to its own average.
     first = [_Round(num_workers, peers) for _ in whole[0]]
     for j, this in enumerate(first):
         for block, factors in zip(blocks, whole, strict=True):
             this.average(_cliques(block.ravel(), factors, j))
+    # Then block after block exchanges with its later workers, so that the mean over these is that of all workers, and
+    # so is the mean over each part of the block, though its workers got different values. Averaging inside the parts,
+    # beside the rounds that follow, is enough.
     second = [_Round(num_workers, peers) for _ in range(len(within[0]) + 1)]
     last = len(blocks) - 1
     for m, this in enumerate(second):
@@ -199,6 +212,8 @@ def _simple_base(num_workers: int, peers: int) -> list[_Round]:
 
 def _pass_down(this: _Round, block: Int[np.ndarray, "parts size"], later: Int[np.ndarray, "later"]) -> None:
     """Every later worker exchanges with one worker of each part: then it holds the average of block and later."""
+    # All of the block holds its average b, so that a later worker gets b with the block's share of both, in equal parts
+    # from each part. A part has at least as many workers as there are later ones, for its size is a higher power.
     weight = block.size / (block.size + len(later)) / len(block)
     for k, part in enumerate(block):
         this.swap(k, later, part[: len(later)], weight)

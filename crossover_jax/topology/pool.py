@@ -66,6 +66,7 @@ class Pool:
         array([[[0.75, 0.75],
                 [0.25, 0.25]]])
         """
+        # What oneself keeps is the rest to 1, so that rows sum to 1 and workers that agree go on agreeing.
         heard = np.broadcast_to(share, receive_from.shape)
         return cls(receive_from, np.concatenate([1 - heard.sum(1, keepdims=True), heard], axis=1))
 
@@ -86,6 +87,7 @@ class Pool:
         mixing = np.diag(self.share[p, 0]).astype(np.float64)
         everyone = np.arange(self.num_workers)
         for k, sources in enumerate(self.receive_from[p]):
+            # Two peers may be the same worker: their shares add up, which an assignment would not do.
             np.add.at(mixing, (everyone, sources), self.share[p, 1 + k])
         return mixing
 
@@ -96,6 +98,7 @@ class Pool:
 
     def transpose(self) -> "Pool":
         """The pool whose matrices are the transposes: what was pulled is pushed."""
+        # Whom worker i heard now hears i, with the share that i gave: permutation and shares are both inverted.
         backward = np.argsort(self.receive_from, axis=-1)
         share = self.share.copy()
         share[:, 1:] = np.take_along_axis(self.share[:, 1:], backward, axis=-1)

@@ -4,6 +4,9 @@ All draws come from `np.random.default_rng([seed, num_workers, pool_size])`: eve
 message. One worker hears nobody, whatever the pool: one round that leaves it alone.
 """
 
+import itertools
+import math
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -33,9 +36,50 @@ def latin(num_workers: int, pool_size: int, seed: int = 0, *, tries: int = 40, s
             f"{'' if swaps else ' that swap none'}, got {pool_size}."
         )
     rng = _rng(seed, num_workers, pool_size)
+    # A single draw of few shifts often leaves some direction of disagreement slow, and choosing costs one FFT of all.
     draws = np.stack([possible[rng.choice(len(possible), pool_size, replace=False)] for _ in range(tries)])
     shifts = draws[np.argmin(_worst_direction(draws, num_workers))]
     return _half((np.arange(num_workers) - shifts[:, None]) % num_workers)
+
+
+def advised_pool_size(num_workers: int, num_segments: int | None = None) -> int:
+    """The number of shifts for `latin` that mixes well: about 2 log2 n, at least 8, at most n − 1.
+
+    Of an exchange in `num_segments` equal segments the size is a divisor of their number, so that every shift is one
+    channel. It is then between half and twice the size that 2 log2 n asks for, and a round mixes at least half as much
+    (in the logarithm of `contraction`). Fewer segments than half that size leave no such divisor: then the pool has
+    its full size, and the exchange compiles to a `lax.switch` per segment. Raises `ValueError` for numbers below 1, and
+    for segments that would need a pool which hardly mixes; the message names the nearest numbers that work.
+
+    >>> advised_pool_size(64), advised_pool_size(64, 26), advised_pool_size(8)
+    (12, 13, 7)
+    """
+    at_least(1, num_workers=num_workers)
+    most = max(1, num_workers - 1)
+    wanted = min(most, max(8, math.ceil(2 * math.log2(num_workers))))
+    if num_segments is None:
+        return wanted
+    at_least(1, num_segments=num_segments)
+    if 2 * num_segments < wanted:
+        return wanted
+    if size := _divisor_near(wanted, most, num_segments):
+        return size
+    below, above = (
+        next(s for s in itertools.count(num_segments, step) if _divisor_near(wanted, most, s)) for step in (-1, 1)
+    )
+    raise ValueError(
+        f"`num_segments` must have a divisor from {math.ceil(wanted / 2)} to {min(2 * wanted, most)}, the sizes of a "
+        f"pool that mixes {num_workers} workers well, got {num_segments}: take {below} or {above}."
+    )
+
+
+def _divisor_near(wanted: int, most: int, number: int) -> int | None:
+    """The largest divisor of `number` from half of `wanted` to it, else the smallest up to its double, else None."""
+    # Below half, a direction of disagreement is left that hardly shrinks; with one shift of 64, 0.998 of it per round.
+    smaller = range(wanted, (wanted - 1) // 2, -1)
+    # Above, a pool mixes no worse, but a program of more channels sends more and smaller messages.
+    larger = range(wanted + 1, min(2 * wanted, most) + 1)
+    return next((size for size in itertools.chain(smaller, larger) if number % size == 0), None)
 
 
 def symmetric(num_workers: int, pool_size: int, slices: int, *, seed: int = 0) -> Pool:
@@ -107,8 +151,10 @@ def pull(num_workers: int, pool_size: int, seed: int = 0) -> Pool:
     at_least(1, num_workers=num_workers, pool_size=pool_size)
     if num_workers == 1:
         return _one_worker()
+    # A number below n − 1, moved by one from oneself on, is uniform among the others.
     other = _rng(seed, num_workers, pool_size).integers(num_workers - 1, size=(pool_size, num_workers))
     wanted = other + (other >= np.arange(num_workers))
+    # The k-th of those who want the same worker hears it in permutation k, so that each permutation asks it once.
     copy = np.stack([_rank_among_equals(row) for row in wanted])
     peers = np.arange(copy.max() + 1)
     receive_from = np.stack(
@@ -138,6 +184,7 @@ def _worst_direction(shifts: Int[np.ndarray, "tries pool"], num_workers: int) ->
 
 def _alike(rng: np.random.Generator, slices: int, size: int) -> Int[np.ndarray, "workers"]:
     """Uniform among the permutations of (slice, local) without fixed points that commute with moving the slices."""
+    # Rejection keeps the law exactly uniform, and at least one draw of e has no fixed point, whatever the size.
     while True:
         local, distance = rng.permutation(size), rng.integers(slices, size=size)
         if ((local != np.arange(size)) | (distance != 0)).all():
@@ -145,17 +192,19 @@ def _alike(rng: np.random.Generator, slices: int, size: int) -> Int[np.ndarray, 
 
 
 def _choose_in_turn(rng: np.random.Generator, num_workers: int) -> Int[np.ndarray, "workers"]:
+    # A list without gaps and each number's place in it make a choice take the same time for 16,384 workers as for 8.
     free = list(range(num_workers))
     place = list(range(num_workers))  # place[j] is where j stands in `free`, −1 once taken
     chosen = []
     for i, u in enumerate(rng.random(num_workers).tolist()):
-        if i == num_workers - 2 and place[-1] >= 0:
+        if i == num_workers - 2 and place[-1] >= 0:  # else the last worker might be left with itself
             choice = num_workers - 1
         else:
+            # Uniform among all free but oneself: drawn without the last one, which stands in for oneself.
             choice = free[int(u * (len(free) - (place[i] >= 0)))]
             if choice == i:
                 choice = free[-1]
-        moved = free.pop()
+        moved = free.pop()  # closes the gap of the choice
         if moved != choice:
             free[place[choice]], place[moved] = moved, place[choice]
         place[choice] = -1
@@ -176,6 +225,8 @@ def _completed(source: Int[np.ndarray, "workers"], wanted: Bool[np.ndarray, "wor
     """A permutation that agrees with `source` where `wanted`, and elsewhere is silent as far as possible."""
     everyone = np.arange(len(source))
     result = np.where(wanted, source, -1)
+    # Who neither hears nor is heard stays alone, which is no message. Who is heard only must hear somebody: those whom
+    # nobody hears are left over, as many of them, and their messages have share 0.
     idle = np.setdiff1d(everyone[~wanted], source[wanted])
     result[idle] = idle
     result[result < 0] = np.setdiff1d(everyone, result)

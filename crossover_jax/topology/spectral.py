@@ -49,6 +49,8 @@ def contraction(pool: Pool) -> Contraction:
     if eigenvalues is not None:
         squares = (np.abs(eigenvalues[:, 1:]) ** 2).mean(0)
         return Contraction(float(squares.max()), float(squares.mean()))
+    # All rounds stacked are one tall matrix A with |A d|² = Σ_p |W_p d|², so that worst is its largest singular value,
+    # squared, over the number of rounds. Its eigenvalue problem would need E[WᵀW], which is dense.
     back, rounds = pool.transpose(), range(pool.num_rounds)
     worst = _largest_singular_value(
         lambda x: np.stack([_centred(pool.apply(p, x)) for p in rounds]),
@@ -130,6 +132,8 @@ def effective_neighbors(pool: Pool, gamma: float = 0.9, *, in_turn: bool = False
         raise ValueError("`pool` must keep agreement (rows of every W sum to 1); `pool.transpose()` may.")
     if not 0 <= gamma < 1:
         raise ValueError(f"`gamma` must be in [0, 1), got {gamma}.")
+    # The series is summed until what is left of it is small, or until a term repeats: then disagreement falls no more
+    # (a pool that does not connect its workers), and the rest is a geometric series.
     total, rest, before = 0.0, 0.0, np.inf
     for t, left in enumerate(_disagreement_left(pool, in_turn)):
         total += gamma**t * left
@@ -159,6 +163,8 @@ def modes(pool: Pool) -> Complex[np.ndarray, "pool workers"] | None:
 
     Rounds of shifts share their eigenvectors, the Fourier modes; mode 0 is agreement.
     """
+    # A shift with equal shares is a circulant matrix: what worker 0 hears says all, and its Fourier transform are the
+    # eigenvalues. All rounds commute then, so that mixing in any order is a product of numbers, mode by mode.
     everyone = np.arange(pool.num_workers)
     hop = (everyone - pool.receive_from) % pool.num_workers
     if (hop != hop[..., :1]).any() or (pool.share != pool.share[..., :1]).any():
@@ -175,6 +181,8 @@ def _centred(x: Float[np.ndarray, "workers *rest"]) -> Float[np.ndarray, "worker
 
 def _squared_disagreement(pool: Pool, back: Pool, p: int) -> float:
     """|(I−J) W (I−J)|²_F of round `p`, from the entries of W and its row and column sums."""
+    # |W|² sums over pairs of peers that are the same worker, for their shares add up in one entry. Centring takes away
+    # the squares of row sums and of column sums, and gives back the square of the total, taken away twice.
     sources = np.concatenate([np.arange(pool.num_workers)[None], pool.receive_from[p]])
     share, ones = pool.share[p], np.ones(pool.num_workers)
     entries = np.einsum("ai,bi,abi->", share, share, sources[:, None] == sources[None])
@@ -213,6 +221,8 @@ def _largest_singular_value(
     forward: Callable[[np.ndarray], np.ndarray], backward: Callable[[np.ndarray], np.ndarray], num_workers: int
 ) -> float:
     """Lanczos on backward(forward(·)) from a random disagreement, fully orthogonalised, until the residual is small."""
+    # Power iteration would not do: the largest singular values of a well mixing pool lie close together. Of a symmetric
+    # operator every eigenvalue is reached after n − 1 steps, from a start that has a part in all directions.
     steps = min(num_workers - 1, 300)
     start = _centred(np.random.default_rng(0).standard_normal(num_workers))
     basis = np.zeros((steps + 1, num_workers))
@@ -253,6 +263,7 @@ def _disagreement_left(pool: Pool, in_turn: bool) -> Iterator[float]:
 
 
 def _left_of_probes(pool: Pool, in_turn: bool, probes: int = 64) -> Iterator[float]:
+    # E|M (I−J)|²_F is what M leaves, on average, of white noise. A phase drawn for each probe stands for all phases.
     rng = np.random.default_rng(0)
     states = [_centred(x) for x in rng.standard_normal((probes, pool.num_workers))]
     scale = (pool.num_workers - 1) / sum(x @ x for x in states)

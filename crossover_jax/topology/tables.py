@@ -81,9 +81,11 @@ def stream(num_segments: int, pool_size: int, every: int, *, period: int = 1024,
     """
     at_least(1, num_segments=num_segments, pool_size=pool_size, every=every, period=period)
     rng = _rng(seed, num_segments, pool_size)
+    # A period that `every` does not divide would give some segment two turns at its end, or none.
     passes = -(-period // every)
     table = np.full((passes * every, num_segments), -1, np.int32)
     for phase in range(min(every, num_segments)):
+        # Segments of one phase travel together, so that it is they who share the rounds evenly.
         travellers = len(range(phase, num_segments, every))
         table[phase::every, phase::every] = _shuffled(rng, passes, travellers, pool_size)
     return table

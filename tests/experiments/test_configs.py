@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from crossover_jax.traced import trace_worker
 from experiments import csv_rows, data, figures, preflight, train
 from experiments.configs import cifar10_resnet, fashion_mnist, fashion_mnist_study
 from experiments.program import make_program, place_workers, wire_bytes_per_step
@@ -31,9 +32,8 @@ def switches(program, config):
         return program.algorithm.update(params, state, params, step)
 
     state, step = program.shapes, jax.ShapeDtypeStruct((), np.int32)
-    axis_env = [("worker", config.num_workers)]
-    traced = jax.make_jaxpr(update, axis_env=axis_env)(state.params, state.algorithm, step)
-    return str(traced).count("cond[")
+    traced = trace_worker(update, state.params, state.algorithm, step, axes={"worker": config.num_workers})
+    return str(traced.jaxpr).count("cond[")
 
 
 @pytest.mark.parametrize("name", SENT)
@@ -103,6 +103,7 @@ def test_imagenet_takes_real_steps_on_a_stand_in(name, imagenet_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("name", SENT)
 def test_imagenet_compiles_for_as_many_accelerators_as_the_paper_had(name):
     """v5p, for 256 images in float32 take 20 GiB; the paper's V100 had 32."""
@@ -152,6 +153,7 @@ def test_cifar10_takes_real_steps_on_a_stand_in(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full_compilation
 def test_cifar10_compiles_for_16_accelerators_on_four_hosts():
     chips = list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
     found = preflight.preflight(cifar10_resnet.get_config(), chips, exchange_only=False)
@@ -197,3 +199,21 @@ def test_rows_and_a_reference_are_as_the_config_says():
         chosen = make_program(config, dataset, place_workers(config, jax.devices()[:1]), 100)
         sent = wire_bytes_per_step(chosen.algorithm, chosen.shapes.params, config)  # by a switch it would be more
         assert sent == pytest.approx(4 * size * (1 + 2 * (1 - 1 / workers) / 10), rel=1e-2)
+
+
+def with_segments(segments):
+    config = fashion_mnist.get_config()
+    config.num_workers, config.simulate, config.model.name, config.model.options = 64, "yes", "mlp", {"hidden": (32,)}
+    config.crossover.segments = segments
+    return make_program(config, data.describe("fashion_mnist"), 64, 10), config
+
+
+@pytest.mark.parametrize("segments", [12, 13, 26])
+def test_segments_alone_get_a_pool_that_divides_them(segments):
+    program, config = with_segments(segments)
+    assert switches(program, config) == 0  # which each segment would have by a pool of another size
+
+
+def test_segments_that_no_good_pool_divides_are_refused_with_those_that_one_does():
+    with pytest.raises(ValueError, match="got 29: take 28 or 30"):
+        with_segments(29)

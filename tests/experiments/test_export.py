@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import crossover_jax as cj
+from crossover_jax import topology
 from experiments import algorithms, checkpoint, data, export, models, train
 from experiments.configs import fashion_mnist
 from experiments.program import make_program
@@ -173,7 +174,7 @@ def test_a_worker_is_that_worker_bit_for_bit(i, mlp, tmp_path, test_set):
 
 def test_what_push_sum_trains_is_exported_without_its_bias(data_dir, tmp_path, monkeypatch, test_set):
     def pushed(optimizer, n, params, specs, **keys):
-        return cj.push_sum(optimizer, cj.pull(n, 3, 1).transpose(), cj.cycle(1, 3), cj.whole(), specs=specs)
+        return cj.push_sum(optimizer, topology.pull(n, 3, 1).transpose(), cj.whole(), topology.cycle(1, 3), specs=specs)
 
     monkeypatch.setitem(algorithms.ALGORITHMS, "sgp", pushed)
     weights = np.array([0.5, 1.5, 0.75, 1.25], np.float32)
@@ -239,7 +240,7 @@ def test_new_statistics_of_every_layer_are_those_of_one_forward_pass(resnet, dat
     monkeypatch.setattr(export, "BATCH", TRAINED)
     image = data.load("fashion_mnist", f"train[:{TRAINED}]", data_dir=data_dir).source.image
     graphdef, _, like = models.build("resnet8", num_classes=10, image_shape=(28, 28, 1), seed=0, width=2, stem_stride=2)
-    own, zero = cj.worker(resnet.state.params, 1), jax.tree.map(np.zeros_like, like)
+    own, zero = cj.one_worker(resnet.state.params, 1), jax.tree.map(np.zeros_like, like)
     found, sizes = export.recalibrated(export.restore(resnet.workdir, "last"), own, zero, TRAINED)
     _, moved = models.apply(graphdef, own, zero, normalised(image).astype(np.float32), train=True, key=None)
     expected = jax.tree.map(lambda x: x / 0.1, moved)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import crossover_jax as cj
+from crossover_jax import topology
 from experiments import (
     data,
     flags,
@@ -92,7 +93,7 @@ MODEL_BYTES = 4 * sum(SEGMENTS)
 
 def pulled(sizes):
     """Bytes sent without load balancing: in each round one message per worker and permutation that somebody wants."""
-    pool, table = cj.pull(N, 16, 0), cj.sample(len(sizes), 16, seed=0)
+    pool, table = topology.pull(N, 16, 0), topology.sample(len(sizes), 16, seed=0)
     moved = (pool.receive_from != np.arange(N)) & pool.share[:, 1:].any(-1, keepdims=True)  # [rounds, peers, workers]
     messages = moved.sum((1, 2)) / N
     return np.mean([sum(4 * size * messages[p] for size, p in zip(sizes, table[t], strict=True)) for t in range(8)])
@@ -412,12 +413,15 @@ def test_settings_that_do_not_fit_are_one_sentence(changes, message, config):
         (dict(micro_batches=3), "`micro_batches` must divide each worker's batch of 8, got 3"),
         (dict(batch_size=60), "`batch_size` must be a multiple of `num_workers`, got 60 and 8; .* 56 or 64"),
         (dict(crossover__during=True, crossover__renew_every=9), "at most one must be set, got during and renew_every"),
-        (dict(crossover__during=True, crossover__local_steps=2), "must be False with `local_steps` above 1, got 2"),
+        (
+            dict(crossover__during=True, crossover__local_steps=2),
+            "`config.crossover.during` must be False .* and `local_",
+        ),
         (
             dict(crossover__during=True, crossover__segments=13, crossover__pool_size=7),
-            "`config.crossover.during` must be False where .* got 13 segments and a pool of 7: take a multiple of the",
+            "`config.crossover.during` must be False where .* got 13 segments of a pool of 7 and `local_steps` 1: take",
         ),
-        (dict(crossover__segments=30_000), "`num_segments` must be at most .* 25450, got 30000"),
+        (dict(crossover__segments=30_000), "`cut` must make at most .*, 25450, but it makes 30000"),
         (dict(dataset__eval_split="tset"), "Unknown split 'tset'"),
         (dict(simulate="no", inner__tensor=8, eval_batch_size=192), "must be 1 for mlp, which does not say how to"),
     ],
