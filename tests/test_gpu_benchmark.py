@@ -1,6 +1,5 @@
 """The GPU benchmark, on the CPU: its loops take the same steps, its sums are right, and it takes no CPU for a GPU."""
 
-import doctest
 import functools
 import importlib.util
 import os
@@ -18,6 +17,7 @@ import crossover_jax as cj
 from benchmarks import gpu
 from experiments.models import resnet
 
+pytestmark = pytest.mark.tools
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ["--platform", "cpu", "--dataset", "fashion_mnist", "--model", "mlp", "--options", "{'hidden': (8,)}"]
 QUICK = [*SMALL, "--examples", "4", "--workers", "4", "--turns", "2", "--each", "1", "--rounds", "3"]
@@ -94,7 +94,6 @@ def test_the_schedule_counts_the_products_of_a_step(capsys):
 
 
 def test_permutes_in_flight_beside_products():
-    assert doctest.testmod(gpu) == (0, 2)
     start, done = "collective-permute-start", "collective-permute-done"
     order = [start, "matmul", start, "matmul", "fusion", "matmul", done, "matmul", done, "matmul"]
     assert gpu.products_in_flight(order) == [("1", "1"), ("2", "2"), ("1", "1"), ("0", "1")]

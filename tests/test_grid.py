@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks.network import grid
 
+pytestmark = pytest.mark.tools
+
 
 @pytest.mark.parametrize(("flags", "cells"), [([], 4 * 3 * 3), (["--speed_up"], 3)])
 def test_every_cell_is_measured_once_and_after_an_end_only_what_is_missing(tmp_path, monkeypatch, flags, cells):

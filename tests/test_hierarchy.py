@@ -123,6 +123,7 @@ def shapes_on(mesh, tree, spec):
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct((*sizes, s), jnp.float32, sharding=sharding), tree)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("inner", [{}, {"device": 2}], ids=str)
 def test_on_a_pod_only_the_rare_exchange_leaves_a_slice(inner):
     """Groups are slices: what runs at every step stays on ICI, and the DCN is used behind the one conditional."""

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.tools
 ROOT = pathlib.Path(__file__).parents[1]
 HOSTS, SCALING = ("-m", "benchmarks.network.hosts"), ("-m", "benchmarks.network.scaling")
 # host0 hears 1.25 MB from each of two others at once, and then sends them as much.

@@ -14,6 +14,14 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 
+pytestmark = pytest.mark.full_compilation
+
+
+def others(*args):
+    """Of a kind that another case stands for in `make test`."""
+    return pytest.param(*args, marks=pytest.mark.slow)
+
+
 EVEN = [(16384, 1024)] * 8  # 512 MiB in float32
 ODD = [(4099, 4096), (4097,)] * 8  # no leaf, and no segment, begins where a tile does
 ONE_SLICE, PODS = ("v5e:4x4", 1), ("v5e:2x4", 4)
@@ -42,11 +50,11 @@ def temporaries(where, workers, rounds, shapes, specs, dtype, table=None, in_fli
 @pytest.mark.parametrize(
     ("where", "workers", "rounds", "shapes", "specs", "dtype", "limit"),
     [
-        (ONE_SLICE, 16, 4, EVEN, None, jnp.float32, 2.3),
-        (ONE_SLICE, 16, 7, EVEN, None, jnp.float32, 2.3),
+        others(ONE_SLICE, 16, 4, EVEN, None, jnp.float32, 2.3),
+        others(ONE_SLICE, 16, 7, EVEN, None, jnp.float32, 2.3),
         (ONE_SLICE, 16, 8, ODD, None, jnp.float32, 2.3),
-        (ONE_SLICE, 16, 12, EVEN, None, jnp.bfloat16, 2.3),
-        (("v5p:2x2x2", 1), 8, 7, EVEN, None, jnp.float32, 2.3),
+        others(ONE_SLICE, 16, 12, EVEN, None, jnp.bfloat16, 2.3),
+        others(("v5p:2x2x2", 1), 8, 7, EVEN, None, jnp.float32, 2.3),
         (PODS, 4, 3, EVEN, P("device"), jnp.float32, 2.1),  # a worker is a slice
         (PODS, 4, 3, [(131072, 1024)], None, jnp.float32, 1.1),  # and holds the model on every device: 1/8 each travels
         # Shifts by less than a slice stay inside for some chips and leave it for others: the compiler receives twice.
@@ -64,13 +72,22 @@ def test_half_of_the_segments_need_half_of_the_messages_beside_the_packed_model(
     assert temporaries(ONE_SLICE, 16, 2, EVEN, None, jnp.float32, table) < 2.2
 
 
-@pytest.mark.parametrize(("in_flight", "limit"), [(1, 1.3), (2, 1.6), (3, 1.8)])
+@pytest.mark.parametrize(("in_flight", "limit"), [(1, 1.3), others(2, 1.6), others(3, 1.8)])
 def test_fewer_channels_in_flight_need_less_beside_the_packed_model(in_flight, limit):
     assert temporaries(ONE_SLICE, 16, 8, ODD, None, jnp.float32, in_flight=in_flight) < limit
 
 
-@pytest.mark.parametrize(("where", "workers"), [(ONE_SLICE, 16), (PODS, 32)], ids=["a slice", "four slices"])
-@pytest.mark.parametrize(("in_flight", "limit"), [(None, 2.7), (1, 0.4), (2, 0.75)])
+@pytest.mark.parametrize(
+    ("where", "workers", "in_flight", "limit"),
+    [
+        (ONE_SLICE, 16, 1, 0.4),
+        others(ONE_SLICE, 16, 2, 0.75),
+        others(ONE_SLICE, 16, None, 2.7),
+        others(PODS, 32, 1, 0.4),
+        others(PODS, 32, 2, 0.75),
+        others(PODS, 32, None, 2.7),
+    ],
+)
 def test_where_nothing_is_packed_little_more_is_needed_than_the_messages(where, workers, in_flight, limit):
     """Of eight channels two eighths of the model for each that is under way, and what comes from two kinds of links."""
     assert temporaries(where, workers, 8, EVEN, None, jnp.float32, in_flight=in_flight, cut=cj.by_rows) < limit

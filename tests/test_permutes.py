@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.tools
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 60_000
 SENT = {  # in vectors

@@ -5,6 +5,9 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.tools
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ["--workers", "4", "--examples", "2", "--model", "mlp", "--options", "{'hidden': (8,)}", "--steps", "1"]
 

@@ -87,6 +87,7 @@ def test_imagenet_takes_real_steps_on_a_stand_in(name, imagenet_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("name", SENT)
 def test_imagenet_compiles_for_as_many_accelerators_as_the_paper_had(name):
     """v5p, for 256 images in float32 take 20 GiB; the paper's V100 had 32."""
@@ -136,6 +137,7 @@ def test_cifar10_takes_real_steps_on_a_stand_in(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full_compilation
 def test_cifar10_compiles_for_16_accelerators_on_four_hosts():
     chips = list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
     found = preflight.preflight(cifar10_resnet.get_config(), chips, exchange_only=False)

@@ -1,7 +1,6 @@
 """What `export` takes out of a checkpoint, and who can load it."""
 
 import contextlib
-import doctest
 import json
 import os
 import pathlib
@@ -523,7 +522,3 @@ def test_the_command_refuses_a_folder_without_checkpoints(tmp_path):
     assert done.stderr.splitlines() == [
         f"error: `WORKDIR` must hold the checkpoints of a run, got {tmp_path} without any: name a run's folder."
     ]
-
-
-def test_examples_in_docstrings_hold():
-    assert doctest.testmod(export).failed == 0

@@ -1,7 +1,6 @@
 """Intervals against Student's table, what is compared with what, and pictures that show something."""
 
 import csv
-import doctest
 
 import numpy as np
 import pytest
@@ -87,7 +86,3 @@ def test_the_papers_numbers_are_in_the_figures():
     assert crossover == {8: [75.7285], 16: [75.386], 32: [75.115], 64: [74.0555]}
     for method in figures.ABLATIONS.values():
         assert list(figures.theirs_by(paper, "ablation", method, "workers")) == [8, 16, 32, 64]
-
-
-def test_examples_in_docstrings_hold():
-    assert doctest.testmod(figures).failed == 0

@@ -23,6 +23,7 @@ from jax._src.clusters import k8s_cluster
 from experiments import processes, train
 from experiments.launch import local
 
+pytestmark = pytest.mark.tools
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments/launch"
 SHELL = [LAUNCH / name for name in ("slurm.sbatch", "openmpi.sh", "by_hand.sh", "tpu_pod.sh")]

@@ -11,6 +11,8 @@ from jax.experimental import topologies
 from experiments import models, preflight, train
 from experiments.configs import decoder_1b, fashion_mnist, imagenet
 
+pytestmark = pytest.mark.full_compilation
+
 
 @pytest.fixture(scope="module")
 def pod():

@@ -58,6 +58,7 @@ def rows_of(workdir):
     return [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows]
 
 
+@pytest.mark.full_compilation  # as the processes compile
 @pytest.mark.parametrize(
     ("num_processes", "devices", "flags"),
     [

@@ -1,6 +1,5 @@
 """`train` end to end, on the real Fashion-MNIST."""
 
-import doctest
 import json
 import math
 import os
@@ -16,8 +15,8 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import crossover_jax as cj
-from experiments import algorithms, data, models, processes, program, report, train
-from experiments.algorithms import ALGORITHMS, make_optimizer, make_schedule
+from experiments import data, models, program, report, train
+from experiments.algorithms import ALGORITHMS, make_algorithm, make_optimizer, make_schedule
 from experiments.configs import fashion_mnist
 from experiments.data.convert import read_tfrecord
 from experiments.step import Diverged
@@ -140,7 +139,17 @@ IN_AGREEMENT = ("allreduce", "local_sgd")  # after each step, with `local_steps`
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_trains_and_reports_what_numpy_finds(name, config, tmp_path, data_dir):
+def test_every_algorithm_sends_so_many_bytes(name, config):
+    config = changed(config, algorithm__name=name)
+    build = lambda: models.build("mlp", num_classes=10, image_shape=(28, 28, 1), seed=0, hidden=(32,))[1]
+    params = jax.eval_shape(build)
+    algorithm = make_algorithm(config.algorithm, make_optimizer(config.optimizer, STEPS), N, params)
+    assert program.wire_bytes_per_step(algorithm, params, config) == pytest.approx(WIRE_BYTES[name]())
+
+
+# Nobody hears anybody, gradients are averaged, segments go by channels, the model goes by a switch.
+@pytest.mark.parametrize("name", ["alone", "allreduce", "crossover", "crossover_neither"])
+def test_an_algorithm_trains_and_reports_what_numpy_finds(name, config, tmp_path, data_dir):
     config = changed(config, algorithm__name=name)
     state, rows = train.train(config, tmp_path)
     assert read_rows(tmp_path) == rows
@@ -374,26 +383,42 @@ def test_an_earlier_run_is_not_written_over(config, tmp_path):
         (dict(on_nan="go on"), "`config.on_nan` must be 'stop' or 'rollback', got 'go on'"),
         (dict(max_rollbacks=-1), "`config.max_rollbacks` must be at least 0, got -1"),
         (dict(micro_batches=0), "`config.micro_batches` must be at least 1, got 0"),
-        (dict(micro_batches=3), "`micro_batches` must divide each worker's batch of 8, got 3"),
-        (dict(batch_size=60), "`batch_size` must be a multiple of `num_workers`, got 60 and 8; .* 56 or 64"),
         (dict(algorithm__local_steps=0), "`config.algorithm.local_steps` must be at least 1, got 0"),
         (dict(algorithm__name="crosover"), "`config.algorithm.name` must .* got 'crosover', did you mean 'crossover'"),
         (dict(algorithm__name="adam"), r"`config.algorithm.name` must be one of .*, got 'adam'\.$"),
-        (dict(algorithm__segments=30_000), "`num_segments` must be at most .* 25450, got 30000"),
         (dict(model__name="mpl"), "`config.model.name` must be one of mlp, .* got 'mpl', did you mean 'mlp'"),
         (dict(model__name="resnet8"), "`config.model.options` must be among width, .* for resnet8, got hidden; "),
         (dict(dataset__name="fashionmnist"), "`config.dataset.name` must .* did you mean 'fashion_mnist'"),
-        (dict(dataset__eval_split="tset"), "Unknown split 'tset'"),
         (dict(simulate="no", num_workers=128), "`config.num_workers` must divide the number of devices, 64, got 128: "),
         (dict(simulate="no"), "`config.eval_batch_size` must be a multiple of the 64 devices that share it, got 200"),
         (dict(simulate="no", inner__fsdp=3), "must divide the 8 devices of a worker, got 3 and 1"),
-        (dict(simulate="no", inner__tensor=8, eval_batch_size=192), "must be 1 for mlp, which does not say how to"),
         (dict(inner__fsdp=2), "must be 1 where workers are simulated, got 2 and 1"),
         (dict(inner__tensor=0), "`config.inner.tensor` must be at least 1, got 0"),
     ],
     ids=str,
 )
-def test_settings_that_do_not_fit_are_one_sentence(changes, message, config, tmp_path):
+def test_settings_that_do_not_fit_are_one_sentence(changes, message, config):
+    config = changed(config, **changes)
+    check = lambda: (program.check_settings(config), program.place_workers(config, jax.devices()))
+    with pytest.raises(ValueError, match=message) as error:
+        check()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(log_every=0), "`config.log_every` must be at least 1, got 0"),
+        (dict(simulate="no", num_workers=128), "`config.num_workers` must divide the number of devices, 64, got 128: "),
+        (dict(micro_batches=3), "`micro_batches` must divide each worker's batch of 8, got 3"),
+        (dict(batch_size=60), "`batch_size` must be a multiple of `num_workers`, got 60 and 8; .* 56 or 64"),
+        (dict(algorithm__segments=30_000), "`num_segments` must be at most .* 25450, got 30000"),
+        (dict(dataset__eval_split="tset"), "Unknown split 'tset'"),
+        (dict(simulate="no", inner__tensor=8, eval_batch_size=192), "must be 1 for mlp, which does not say how to"),
+    ],
+    ids=str,
+)
+def test_a_run_begins_with_its_settings_and_what_the_data_and_the_model_ask_of_them(changes, message, config, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         train.train(changed(config, **changes), tmp_path)
     assert "\n" not in str(error.value)
@@ -565,8 +590,3 @@ def test_curves_are_drawn_of_rows_without_evaluation(tmp_path):
     rows = [{"step": 1, "epoch": 0.1, "train/loss": 2.0}]
     report.draw_curves(rows, tmp_path / "curves.png", "a run that was stopped early")
     check_picture(tmp_path / "curves.png")
-
-
-@pytest.mark.parametrize("module", [train, report, program, processes, algorithms])
-def test_examples_in_docstrings_hold(module):
-    assert doctest.testmod(module).failed == 0
