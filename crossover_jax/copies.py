@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from crossover_jax.axes import Axis
 from crossover_jax.deprecated import renames
-from crossover_jax.leaves import PyTree, flatten, fold_in, is_key, travels, widened
+from crossover_jax.leaves import PyTree, flatten, fold_in, is_key, is_variable, travels, widened
 from crossover_jax.mesh import Workers, axis_sizes, shardings_of
 
 
@@ -108,21 +108,12 @@ def _checked(tree: PyTree) -> PyTree:
 
 
 def _check_untied(tree: PyTree) -> None:
-    seen: dict[int, Any] = {}
-
-    def visit(node: Any) -> bool:
-        # Of what cannot change, two references mean nothing; of what can, that both are one.
-        is_mutable = not isinstance(node, tuple | list | dict | jax.Array | np.ndarray) and hasattr(node, "__dict__")
-        is_frozen = getattr(getattr(type(node), "__dataclass_params__", None), "frozen", False)
-        if is_mutable and not is_frozen and id(node) in seen and jax.tree.leaves(node):
-            raise ValueError(
-                f"a {type(node).__name__} stands twice in the tree: the copies of a tied weight would come apart. Keep "
-                "it once, as by `flax.nnx.split(model)`, whose graphdef knows the second place."
-            )
-        seen[id(node)] = node
-        return False
-
-    jax.tree.leaves(tree, is_leaf=visit)
+    variables = [x for x in jax.tree.leaves(tree, is_leaf=is_variable) if is_variable(x)]
+    if len({id(x) for x in variables}) < len(variables):
+        raise ValueError(
+            "a Variable stands twice in the tree: the copies of a tied weight would come apart. Keep it once, as by "
+            "`flax.nnx.split(model)`, whose graphdef knows the second place."
+        )
 
 
 @renames(where="workers")

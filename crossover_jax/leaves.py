@@ -15,15 +15,15 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
     The attribute `value` in which flax.nnx keeps the array of a Variable is no part of the name.
     """
     names = []
-    for path, node in jax.tree.leaves_with_path(tree, is_leaf=_is_variable):
-        inner = jax.tree.leaves_with_path(node) if _is_variable(node) else [((), node)]
+    for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_variable):
+        inner = jax.tree.leaves_with_path(node) if is_variable(node) else [((), node)]
         names += [_name(path) if len(inner) == 1 else _name(path + below) for below, _ in inner]
     leaves, treedef = jax.tree.flatten(tree)
     return names, leaves, treedef
 
 
-def _is_variable(node: Any) -> bool:
-    # Known by its name, because the library does not import flax.
+def is_variable(node: Any) -> bool:
+    """Whether a node is a Variable of flax.nnx, known by its name because the library does not import flax."""
     return any(kind.__name__ == "Variable" and kind.__module__.startswith("flax.") for kind in type(node).__mro__)
 
 
@@ -56,14 +56,14 @@ def is_key(leaf: Any, leading: int = 0) -> bool:
     return dtype == older.dtype and np.shape(leaf)[leading:] == older.shape
 
 
-def fold_in(keys: jax.Array, worker: Any) -> jax.Array:
+def fold_in(keys: jax.Array, worker: Any, purpose: int = 0x776F726B) -> jax.Array:
     """Other keys for every worker but the first, which keeps its own: one worker alone draws what it always drew."""
     is_older = not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key)
     typed = jax.random.wrap_key_data(keys) if is_older else keys
 
     def folded(key: jax.Array) -> jax.Array:
         # The constant keeps worker i from drawing what the first draws in a loop that folds the step i into its key.
-        return jax.random.fold_in(jax.random.fold_in(key, 0x776F726B), worker)
+        return jax.random.fold_in(jax.random.fold_in(key, purpose), worker)
 
     others = jax.vmap(folded)(typed.reshape(-1)).reshape(typed.shape)
     return jnp.where(worker == 0, keys, jax.random.key_data(others) if is_older else others)

@@ -1,6 +1,7 @@
 """The state of n workers on m: a run goes on with another number of workers than it was saved with."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -108,7 +109,8 @@ def _resized(tree: PyTree, sources: jax.Array, shares: jax.Array, earlier: jax.A
 
     def copied(x):
         if is_key(x, leading=1):
-            return jax.vmap(fold_in)(x[sources[0]], earlier)
+            # By the new number: `copies` folded the worker alone, and so would give one of them the same key again.
+            return jax.vmap(partial(fold_in, purpose=len(earlier)))(x[sources[0]], earlier)
         if x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.integer):
             return jnp.broadcast_to(x.max(), sources.shape[1:])
         return x[sources[0]]

@@ -31,7 +31,31 @@ def make_optimizer(
         def rate(step):  # optax' own take no traced rate
             return learning_rate * shape(step)
 
-    return OPTIMIZERS[config.optimizer](rate, scheduled, **config[config.optimizer])
+    return optax.chain(OPTIMIZERS[config.optimizer](rate, scheduled, **config[config.optimizer]), note_finite())
+
+
+class FiniteState(NamedTuple):
+    finite: jax.Array  # shape=(), dtype=bool
+
+
+def note_finite() -> optax.GradientTransformation:
+    """Keep in the state whether the last update was finite, and change nothing.
+
+    The algorithms leave out an update that is not, so that peers do not take a NaN. A run in which every one is left
+    out would go on to its end, having learnt nothing: `train_step` tells it by this flag, which stays although the
+    rest of the state is taken back.
+    """
+
+    def init(params: PyTree) -> FiniteState:
+        del params
+        return FiniteState(jnp.bool_(True))
+
+    def update(updates: PyTree, state: FiniteState, params: PyTree = None) -> tuple[PyTree, FiniteState]:
+        del state, params
+        finite = [jnp.isfinite(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(updates)]
+        return updates, FiniteState(jnp.stack(finite).all())
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_schedule(config: ml_collections.ConfigDict, num_steps: int, peak: float) -> optax.Schedule:

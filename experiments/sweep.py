@@ -120,7 +120,7 @@ class Trainer:
 
         def step(state, batch, now, seed, learning_rate):
             state, metrics = program(seed, learning_rate).step(state, batch, now)
-            return state, metrics["loss"].mean()
+            return state, (metrics["loss"] + metrics["update"]).mean()  # NaN where an update was left out
 
         self.program = program()
         self.init = jax.jit(over_runs(lambda seed: cj.copies(program(seed).init, workers)))
@@ -188,6 +188,8 @@ def run_row(trainer: Trainer, run: Run, step: int, state: PyTree, loss: float) -
     if run.stage == FINAL and not is_end:
         distance = cj.consensus_distance(trainer.program.algorithm.model(state.params, state.algorithm))
         return {**row, "consensus_distance": f"{float(distance):.3g}"}
+    if not np.isfinite(loss):
+        return row
     try:
         found = trainer.evaluate(step, state, each=is_end and run.stage == FINAL)
     except Diverged:

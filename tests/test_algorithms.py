@@ -27,6 +27,7 @@ class Contract(NamedTuple):
     permutes: int = 0  # in the compiled program of 8 workers, one dtype
     conditionals: int = 0
     all_reduces: int = 0
+    all_gathers: int = 0  # of push-sum weights, a few numbers
     keeps_mean: bool = True
     contracts: bool = True
 
@@ -64,7 +65,7 @@ ALGORITHMS = {
     "local_sgd": Contract(lambda o, n, p: cj.local_sgd(o, 3), conditionals=1, all_reduces=1),
     "sgp": Contract(lambda o, n, p: cj.sgp(o, n), permutes=3, conditionals=1),
     "sgp2": Contract(lambda o, n, p: cj.sgp(o, n, peers=2), permutes=4, conditionals=1),
-    "push_sum": Contract(pushed, permutes=messages(PUSH), conditionals=1),
+    "push_sum": Contract(pushed, permutes=messages(PUSH), conditionals=1, all_gathers=1),
     "d_psgd": Contract(lambda o, n, p: cj.d_psgd(o, n), permutes=2),
     "crossover": Contract(lambda o, n, p: cj.crossover_sgd(o, n), permutes=7),
     "crossover_during": Contract(lambda o, n, p: cj.mix_during(o, cj.crossover(n)), permutes=7),
@@ -253,6 +254,7 @@ def test_one_compilation_donated_state_and_the_promised_collectives(name):
     assert (reduces > 0) == (contract.all_reduces > 0)
     assert found.pop("conditional", 0) == contract.conditionals
     assert found.pop("collective-permute", 0) == contract.permutes
+    assert found.pop("all-gather", 0) == contract.all_gathers
     assert not found
 
 

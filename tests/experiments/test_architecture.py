@@ -18,7 +18,7 @@ BELOW = {  # what of the experiments these rooms may import, beside themselves
     "algorithms": {"models"},
     "checksums": set(),
     "workdir": {"paths", "processes"},
-    "step": {"processes"},
+    "step": {"optimizers", "processes"},
     "settings": {"algorithms", "configs.default", "data", "models", "optimizers", "processes"},
 }
 
