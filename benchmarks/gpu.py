@@ -40,7 +40,7 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from crossover_jax import topology
-from crossover_jax.compiled import collectives, schedule
+from experiments.compiled import collectives, schedule
 from crossover_jax.text import as_table
 from experiments import data, models, program
 from experiments.configs import fashion_mnist

@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, traffic
+from experiments.compiled import collectives, traffic
 from crossover_jax.traced import operations
 from experiments import data, flags, report
 from experiments.algorithms import make_algorithm

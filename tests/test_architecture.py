@@ -14,7 +14,6 @@ ALLOWED = {  # what of ours each part of the library may import
     "text": set(),
     "deprecated": set(),
     "plan": set(),
-    "compiled": set(),
     "cuts": {"leaves"},
     "wire": {"leaves"},
     "specs": {"leaves"},

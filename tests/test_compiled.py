@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, schedule, traffic
+from experiments.compiled import collectives, schedule, traffic
 
 pytestmark = pytest.mark.full_compilation
 SLICES, LAYERS, WIDTH = 4, 6, 1024

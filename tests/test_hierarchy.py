@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, schedule, traffic
+from experiments.compiled import collectives, schedule, traffic
 from crossover_jax.topology.spectral import messages
 from tests.oracles import mixed_by_matrices
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, traffic
+from experiments.compiled import collectives, traffic
 from tests.oracles import mixed_by_matrices
 
 WORKERS = 4

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from crossover_jax.axes import is_simulated
-from crossover_jax.compiled import collectives
+from experiments.compiled import collectives
 
 WORKERS = 4
 X = np.random.default_rng(0).normal(size=(WORKERS, 2, 5)).astype(np.float32)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives
+from experiments.compiled import collectives
 
 WORKERS, BAD = 4, 1
 SGD = optax.sgd(0.1, momentum=0.9)

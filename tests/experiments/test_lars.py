@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives
+from experiments.compiled import collectives
 from crossover_jax.traced import wire_bytes
 from experiments.optimizers import lars, scale_by_trust_ratio
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import traffic
+from experiments.compiled import traffic
 from experiments import data
 from experiments.configs import decoder
 from experiments.evaluate import make_evaluate
