@@ -40,9 +40,9 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from crossover_jax import topology
-from experiments.compiled import collectives, schedule
 from crossover_jax.text import as_table
 from experiments import data, models, program
+from experiments.compiled import collectives, schedule
 from experiments.configs import fashion_mnist
 from experiments.optimizers import make_optimizer
 from experiments.settings import check_settings

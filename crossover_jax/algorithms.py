@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crossover_jax.axes import highest, vary_over_workers
+from crossover_jax.axes import highest
 from crossover_jax.deprecated import renames
 from crossover_jax.guard import depends_on_arguments
 from crossover_jax.leaves import PyTree, flatten, travels, widened
@@ -25,8 +25,7 @@ class Algorithm(NamedTuple):
 
     `init(params) -> state` makes the state, the optimizer's inside. `update(grads, state, params, step, **extra) ->
     (params, state)` does optimizer and communication, in their order; `extra` goes to the optimizer (a loss, say).
-    `model(params, state) -> params` is what loss and evaluation see; it is the identity but for push-sum, whose
-    parameters are biased by its weights.
+    `model(params, state) -> params` is what loss and evaluation see: the identity, but push-sum takes its weights out.
 
     A worker whose own step is not finite keeps its parameters and takes part in the exchange with them, so that no
     message is bad and the sum over workers holds.
@@ -38,23 +37,17 @@ class Algorithm(NamedTuple):
 
 
 def apply_if_finite(
-    params: PyTree,
-    updates: PyTree,
-    new: PyTree,
-    old: PyTree,
-    *,
-    onto: PyTree = None,
-    sent: Callable[[PyTree], list] = lambda state: [],
+    params: PyTree, updates: PyTree, new: PyTree, old: PyTree, *, onto: PyTree = None, sent: PyTree = ()
 ) -> tuple[PyTree, PyTree]:
     """`(onto + updates, new state)`, or `onto` and the `old` state where the step would spoil what is sent.
 
-    `onto` is what became of the parameters, by default themselves; `sent(state)` is what of the state travels too.
+    `onto` is what became of the parameters, by default themselves; `sent` is what of the new state travels too.
     Counters of the new state are kept all the same: a schedule goes on, and they stay equal on all workers.
     """
     onto = params if onto is None else onto
     # Not of `onto`: an exchange that this had to wait for could not hide behind the gradient.
     looked_at = [_step_of(x, u) for x, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True)]
-    looked_at = [x for x in (*looked_at, *jax.tree.leaves(sent(new))) if travels(x)]
+    looked_at = [x for x in (*looked_at, *jax.tree.leaves(sent)) if travels(x)]
     # One answer for the whole worker: a step of some layers only is one that no optimizer meant. By the largest
     # magnitude, NaN if there is one: XLA:CPU takes twice as long to reduce booleans.
     finite = [jnp.isfinite(jnp.max(jnp.abs(x), initial=0)) for x in looked_at]
@@ -74,10 +67,7 @@ def _choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def init_of(optimizer: optax.GradientTransformation) -> Callable[[PyTree], PyTree]:
-    """The optimizer's `init`, which refuses an optimizer that keeps and moves parameters of its own.
-
-    Such are the z of `optax.contrib.schedule_free`: only x would travel, and the workers' z would drift apart for ever.
-    """
+    """The optimizer's `init`, which refuses one that moves parameters of its own: the workers' would drift apart."""
 
     def init(params: PyTree) -> PyTree:
         state = optimizer.init(params)
@@ -111,8 +101,8 @@ def _kept_parameters(optimizer: optax.GradientTransformation, params: PyTree) ->
 def mix_after(optimizer: optax.GradientTransformation, mix: AnyMix) -> Algorithm:
     """Step, then mix: x <- W(x + u). "Adapt then combine", the order of Crossover-SGD and SGP.
 
-    `init` raises `ValueError` for an optimizer that keeps parameters of its own (`optax.contrib.schedule_free`): they
-    would drift apart, since only x travels. See `mix_with_momentum`.
+    `init` raises `ValueError` for an optimizer that moves parameters of its own (`optax.contrib.schedule_free`), since
+    only x travels: the workers' would drift apart for ever. See `mix_with_momentum`.
 
     >>> from crossover_jax import average
     >>> algorithm = mix_after(optax.sgd(1.0), average())
@@ -193,7 +183,7 @@ def mix_with_momentum(
 
     def update(grads, state, params, step, **extra):
         updates, new = optimizer.update(grads, state, params, **extra)
-        params, state = apply_if_finite(params, updates, new, state, sent=lambda state: _momenta(state, params))
+        params, state = apply_if_finite(params, updates, new, state, sent=_momenta(new, params))
         is_momentum = _is_like(params)
         state = jax.tree.map(lambda x: momentum_mix(x, step) if is_momentum(x) else x, state, is_leaf=is_momentum)
         return mix(params, step), state
@@ -312,20 +302,20 @@ class CountedState(NamedTuple):
 def as_optax(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
     """The algorithm as the outermost, last transformation of an unchanged loop: updates are `new − old parameters`.
 
-    They contain the exchange: what is chained after it, or scales, clips or averages its updates, undoes the exchange.
-    Clipping, schedules and weight decay belong into the optimizer that the algorithm is made of.
+    They contain the exchange: what is chained after it, or scales, clips or averages its updates, undoes it. Clipping,
+    schedules and weight decay belong into the optimizer that the algorithm is made of.
 
     The loop must run once per worker: wrap its step in `per_worker` (or an own `shard_map` or `vmap` with a named
-    axis); in a plain data-parallel `jit` there is only one copy of the parameters and nothing to mix. Updates have the
-    parameters' dtypes, and lead to `algorithm.update`'s parameters up to the rounding of the larger of old and new.
+    axis). Updates have the parameters' dtypes, and lead to `algorithm.update`'s parameters up to the rounding of the
+    larger of old and new.
 
     Steps are counted in the optimizer's state, and all workers take the highest count there is, one integer by an
     all-reduce before the gradient: a loop may restore or reset one worker's state. `update(..., step=step)`, with one
     step that all workers share, needs none. If the loop gives worker i its old parameters back after an exchange, the
     average over workers moves by (x_i − Σ_j W[i, j] x_j) / n, a share of the workers' disagreement.
 
-    What skips updates by a condition (`optax.apply_if_finite`) goes around the optimizer inside the algorithm, never
-    around `as_optax`: a worker that skips sends nothing, and all would wait for it for ever. `per_worker` refuses it.
+    What skips updates by a condition (`optax.apply_if_finite`) goes around the optimizer inside the algorithm: a worker
+    that skips `as_optax` sends nothing, and all would wait for it for ever. `per_worker` refuses it.
 
     Raises `ValueError` for algorithms whose model is not their parameters (push-sum): the loop would take gradients at
     biased values; and, in the step, if parameters are not passed to `update`.
@@ -348,8 +338,8 @@ def as_optax(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
             raise ValueError("`params` must be passed to `update`, as `tx.update(grads, state, params)`, got None.")
         step = highest(state.count) if step is None else step
         new, inner = algorithm.update(updates, state.algorithm, params, step, **extra)
-        count = jnp.asarray(step + 1, jnp.int32)
-        return jax.tree.map(_update_to, new, params), CountedState(inner, vary_over_workers(count))
+        count = jnp.maximum(state.count, jnp.asarray(step, jnp.int32)) + 1
+        return jax.tree.map(_update_to, new, params), CountedState(inner, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -361,6 +351,5 @@ def _update_to(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
-    """In float32 at least."""
     wide = widened(new.dtype)
     return new.astype(wide) - old.astype(wide)

@@ -93,13 +93,6 @@ def highest(count: jax.Array) -> jax.Array:
     return count
 
 
-def vary_over_workers(x: jax.Array) -> jax.Array:
-    """`vary` along every axis of workers that is bound."""
-    for name in filter(_is_bound, around().axes):
-        x = vary(x, name)
-    return x
-
-
 def _is_bound(axis: str) -> bool:
     try:
         return lax.axis_size(axis) > 0

@@ -19,27 +19,20 @@ from crossover_jax.mesh import Workers, axis_sizes, shardings_of
 
 @renames(where="workers")
 def copies(
-    tree: PyTree | Callable[[], PyTree],
-    workers: Workers,
-    *,
-    specs: PyTree = None,
-    axis: Axis = "worker",
+    tree: PyTree | Callable[[], PyTree], workers: Workers, *, specs: PyTree = None, axis: Axis = "worker"
 ) -> PyTree:
     """One copy of the tree per worker: each leaf gets a leading axis of workers, placed where `per_worker` wants it.
 
     `tree` may be a function that makes it: it is compiled with its result in place, so that no device ever holds more
-    than its part, and nothing is sent where there are many processes. `specs` shards the copies inside their workers
-    as in `per_worker`: PartitionSpecs over the inner axes (None: not sharded), or a prefix of such a tree.
+    than its part, and processes send nothing. `specs` shards the copies inside their workers: PartitionSpecs over the
+    inner axes (None: not sharded), or a prefix of such a tree.
 
     Random keys are the exception: every worker but the first gets another one, so that workers draw different noise.
     That holds for typed keys and for arrays that look like `jax.random.PRNGKey(0)`.
 
-    Raises `ValueError` for a leaf that is no array, and for a module in which one Variable stands twice (tied weights),
-    since its copies would come apart.
+    Raises `ValueError` for a leaf that is no array, and for tied weights, whose copies would come apart.
 
     >>> copies({"w": jnp.ones(3)}, 4)["w"].shape
-    (4, 3)
-    >>> copies(lambda: {"w": jnp.ones(3)}, 4)["w"].shape
     (4, 3)
     """
     stack = partial(_stack, num_workers=math.prod(axis_sizes(workers, axis)))
@@ -54,11 +47,7 @@ def copies(
 
 @renames(where="workers")
 def abstract_copies(
-    tree: PyTree | Callable[[], PyTree],
-    workers: Workers,
-    *,
-    specs: PyTree = None,
-    axis: Axis = "worker",
+    tree: PyTree | Callable[[], PyTree], workers: Workers, *, specs: PyTree = None, axis: Axis = "worker"
 ) -> PyTree:
     """Shapes `[workers, ...]`, dtypes and shardings of what `copies` would return, for restoring it in place.
 
@@ -146,11 +135,7 @@ def split(batch: PyTree, workers: Workers, spec: P | None = None, *, axis: Axis 
 
 @renames(where="workers")
 def local_part(
-    shape: Sequence[int],
-    workers: Mesh,
-    spec: P | None = None,
-    *,
-    axis: Axis = "worker",
+    shape: Sequence[int], workers: Mesh, spec: P | None = None, *, axis: Axis = "worker"
 ) -> tuple[slice, ...]:
     """The part of a global array `[workers, ...]` of that shape that the devices of this process hold.
 

@@ -24,12 +24,20 @@ MOVED = {
 }
 
 
-def renames(**new_names: str | None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function take keywords by their old names; None: the argument is not needed any more."""
+def renames(cut_at: int = -1, **new_names: str | None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take keywords by their old names; None: the argument is not needed any more.
+
+    `cut_at` is the position of the cut, which came behind the table.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def accept(*args: Any, **kwargs: Any) -> R:
+            if 0 <= cut_at < len(args) - 1 and type(args[cut_at + 1]).__name__ == "Cut":
+                warn(
+                    f"`{function.__name__}(..., table, cut)` is the order of version 0.1: pass the cut, then the table."
+                )
+                args = (*args[:cut_at], args[cut_at + 1], args[cut_at], *args[cut_at + 2 :])
             for old, new in new_names.items():
                 if old in kwargs:
                     value = kwargs.pop(old)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Integer
 
 from crossover_jax.axes import axis_or_default, check_axis, is_simulated, same_on_all_workers, vary
 from crossover_jax.cuts import Cut
-from crossover_jax.deprecated import renames, warn
+from crossover_jax.deprecated import renames
 from crossover_jax.leaves import PyTree, widened
 from crossover_jax.lowering import (
     Pieces,
@@ -61,7 +61,7 @@ def as_mix(mix: AnyMix) -> Mix:
     return mix if isinstance(mix, Mix) else Mix(mix)
 
 
-@renames(where="leaves")
+@renames(cut_at=1, where="leaves")
 def gossip(
     pool: Pool,
     cut: Cut,
@@ -96,9 +96,8 @@ def gossip(
     per segment, which cannot overlap with compute. A `step` that is a Python integer picks the rounds while tracing.
     Averages are taken in float32 at least and returned in the leaf's own dtype.
 
-    Raises `ValueError` for a pool that does not keep agreement or is for another number of workers, for a table that
-    fits neither pool nor cut, for an axis that is not bound, for a `step` that differs between workers, if `leaves`
-    chooses none, for an unknown `wire`, and for `in_flight` below 1.
+    Raises `ValueError` for what does not fit together, for an axis that is not bound, for a `step` that differs between
+    workers, and if `leaves` chooses none.
 
     Reference: Crossover-SGD, arXiv:2012.15198.
 
@@ -109,9 +108,6 @@ def gossip(
     >>> bool(jnp.allclose(y.mean(0), x.mean(0)))
     True
     """
-    if isinstance(table, Cut):  # the order of version 0.1
-        warn("`gossip(pool, table, cut)` is the order of version 0.1: pass `gossip(pool, cut, table)`.")
-        cut, table = table, cut
     if not pool.keeps_agreement:
         raise ValueError("`pool` must keep agreement (rows of W sum to 1); this one does not: use `push_sum` with it.")
     return exchange(pool, cut, table, axis, leaves=leaves, specs=specs, wire=wire, in_flight=in_flight)
@@ -279,8 +275,9 @@ def chain(*mixes: AnyMix) -> Mix:
             tree = one(tree, step)
         return tree
 
-    choices = [one.leaves for one in known]
-    chosen = None if not choices or None in choices else lambda name: any(choose(name) for choose in choices)
+    choices = [one.leaves for one in known if one.leaves is not None]
+    is_filtered = bool(known) and len(choices) == len(known)
+    chosen = (lambda name: any(choose(name) for choose in choices)) if is_filtered else None
     like = known[0] if known else Mix(mix)
     return Mix(mix, like.axis, chosen, like.specs, can_overlap=all(one.can_overlap for one in known))
 

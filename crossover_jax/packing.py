@@ -55,12 +55,7 @@ def _pack(leaves: list[Array], length: int) -> Array:
 
 
 def map_parts(
-    function: Callable[..., list[Array]],
-    tree: PyTree,
-    axis: str,
-    leaves: Leaves,
-    specs: PyTree,
-    *replicated: Array,
+    function: Callable[..., list[Array]], tree: PyTree, axis: str, leaves: Leaves, specs: PyTree, *replicated: Array
 ) -> PyTree:
     """Apply `function(names, parts, *replicated)` to each device's parts of the leaves that travel.
 

@@ -42,13 +42,11 @@ def crossover(
     step a random assignment of one to the other (`shuffle`): one message of 1/P of the model out and in per worker and
     channel, one model in all. All processes must use one `seed`; the other arguments are `gossip`'s.
 
-    It composes: `repeat(3, crossover(n, wire="int8"))` exchanges three times at each step in 0.76 of the bytes,
-    `every(4, crossover(n))` after each fourth step, and `mix_during`, `mix_with_momentum` and `mix_relative` say how it
-    meets the optimizer. With many workers take the first: with 64 it is as accurate as AllReduce, where one exchange
-    in float32 was 0.4 points behind (docs/results.md).
+    With many workers take `repeat(3, crossover(n, wire="int8"))`, three exchanges in 0.76 of the bytes: with 64 it is as
+    accurate as AllReduce, where one exchange in float32 was 0.4 points behind (docs/results.md).
 
-    Raises `ValueError` for fewer than one worker, for a pool of another number, and for a number of segments that no
-    good pool divides, naming those near it that work.
+    Raises `ValueError` for a pool of another number of workers, and for a number of segments that no good pool divides,
+    naming those near it that work.
 
     Reference: Crossover-SGD, arXiv:2012.15198.
 
@@ -69,9 +67,7 @@ def crossover(
 
 
 def crossover_sgd(optimizer: Optimizer, num_workers: int, **of_crossover: Any) -> Algorithm:
-    """Crossover-SGD: x <- W_s(x + u), `mix_after(optimizer, crossover(num_workers, ...))`.
-
-    Reference: Crossover-SGD, arXiv:2012.15198.
+    """Crossover-SGD: x <- W_s(x + u), `mix_after(optimizer, crossover(num_workers, ...))`, arXiv:2012.15198.
 
     >>> import jax.numpy as jnp
     >>> algorithm = crossover_sgd(optax.sgd(0.1, momentum=0.9), num_workers=8)
@@ -120,9 +116,7 @@ def crossover_sgd_paper(
 
     The cut is at layers (`by_module`); drawings come from a pool of `pool_size` permutations, compiled as a switch per
     segment. The ablations: `load_balanced=False` pulls from independent random peers, which loses the mean; a cut of
-    `whole()` sends all segments to the same peer.
-
-    Reference: Crossover-SGD, arXiv:2012.15198, Algorithms 1 and 2.
+    `whole()` sends all segments to the same peer. Reference: arXiv:2012.15198, Algorithms 1 and 2.
     """
     pool = (balanced if load_balanced else pull)(num_workers, pool_size, seed)
     table = sample(cut.num_segments, pool.num_rounds, seed=seed)

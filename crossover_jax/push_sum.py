@@ -13,7 +13,7 @@ from jaxtyping import Array
 from crossover_jax.algorithms import Algorithm, apply_if_finite, init_of
 from crossover_jax.axes import axis_or_default, check_axis, vary
 from crossover_jax.cuts import Cut
-from crossover_jax.deprecated import renames, warn
+from crossover_jax.deprecated import renames
 from crossover_jax.leaves import PyTree, widened
 from crossover_jax.lowering import Pieces, row_at
 from crossover_jax.mixing import Step, TableOrFunction, exchange, make_table
@@ -27,7 +27,7 @@ class PushSumState(NamedTuple):
     weights: jax.Array  # [segments, workers], the same on all workers
 
 
-@renames(where="leaves")
+@renames(cut_at=2, where="leaves")
 def push_sum(
     optimizer: optax.GradientTransformation,
     pool: Pool,
@@ -59,9 +59,6 @@ def push_sum(
     >>> x.sum().item(), state.weights[0].sum().item()
     (6.0, 4.0)
     """
-    if isinstance(table, Cut):  # the order of version 0.1
-        warn("`push_sum(optimizer, pool, table, cut)` is the order of version 0.1: pass the cut, then the table.")
-        cut, table = table, cut
     if not pool.keeps_mass:
         raise ValueError("`pool` must keep mass (columns of W sum to 1) for push-sum, this one does not: transpose it?")
     optimizer, table = optax.with_extra_args_support(optimizer), make_table(table, pool, cut)

@@ -32,9 +32,8 @@ def overlap_matrix(n: int, m: int) -> Float64[np.ndarray, "m n"]:
 def average_matrix(n: int, m: int) -> Float64[np.ndarray, "m n"]:
     """Every entry 1/n: all m workers start from the average of n. Raises `ValueError` for fewer than one worker.
 
-    >>> average_matrix(4, 2)
-    array([[0.25, 0.25, 0.25, 0.25],
-           [0.25, 0.25, 0.25, 0.25]])
+    >>> average_matrix(4, 1)
+    array([[0.25, 0.25, 0.25, 0.25]])
     """
     _check_numbers(n, m)
     return np.full((m, n), 1 / n)

@@ -50,7 +50,7 @@ def note_finite() -> optax.GradientTransformation:
         del params
         return FiniteState(jnp.bool_(True))
 
-    def update(updates: PyTree, state: FiniteState, params: PyTree = None) -> tuple[PyTree, FiniteState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, FiniteState]:
         del state, params
         finite = [jnp.isfinite(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(updates)]
         return updates, FiniteState(jnp.stack(finite).all())

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from experiments.compiled import collectives
 from crossover_jax.push_sum import PushSumState
+from experiments.compiled import collectives
 from experiments.step import init_state, make_train_step
 from tests.oracles import mixed_by_matrices
 

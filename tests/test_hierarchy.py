@@ -16,8 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from experiments.compiled import collectives, schedule, traffic
 from crossover_jax.topology.spectral import messages
+from experiments.compiled import collectives, schedule, traffic
 from tests.oracles import mixed_by_matrices
 
 SLOW, FAST, EVERY = 3, 4, 2

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from crossover_jax import topology
-from experiments.compiled import collectives, traffic
 from experiments import models
+from experiments.compiled import collectives, traffic
 from experiments.step import init_state, make_train_step
 from tests.oracles import mixed_by_matrices
 

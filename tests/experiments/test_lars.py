@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from experiments.compiled import collectives
 from crossover_jax.traced import wire_bytes
+from experiments.compiled import collectives
 from experiments.optimizers import lars, scale_by_trust_ratio
 
 WORKERS, STEPS = 4, 5

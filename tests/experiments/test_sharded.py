@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from experiments.compiled import traffic
 from experiments import data
+from experiments.compiled import traffic
 from experiments.configs import decoder
 from experiments.evaluate import make_evaluate
 from experiments.program import make_program, place_workers
