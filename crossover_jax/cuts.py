@@ -141,8 +141,8 @@ def by_rows(num_segments: int, *, align: int = 1024) -> Cut:
     """`num_segments` equal segments, each with an equal part of every large leaf: an exchange without packing.
 
     A leaf of at least `align` elements per segment is cut along its first dimension that `num_segments` divides; all
-    others are packed and cut `by_size`. With `in_flight=k` it needs the least memory on TPUs (docs/scaling.md) and, with
-    1, the least time on CPUs (docs/performance.md). Raises `ValueError` for fewer than one segment or element.
+    others are packed and cut `by_size`. With `in_flight=k` it needs the least memory on TPUs (docs/scaling.md), and
+    with 1 the least time on CPUs (docs/performance.md). Raises `ValueError` for fewer than one segment or element.
 
     >>> cut = by_rows(2, align=2)
     >>> cut.segment_of({"w": np.zeros((4, 2)), "b": np.zeros(3)})["w"].tolist()

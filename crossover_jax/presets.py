@@ -42,8 +42,8 @@ def crossover(
     step a random assignment of one to the other (`shuffle`): one message of 1/P of the model out and in per worker and
     channel, one model in all. All processes must use one `seed`; the other arguments are `gossip`'s.
 
-    With many workers take `repeat(3, crossover(n, wire="int8"))`, three exchanges in 0.76 of the bytes: with 64 it is as
-    accurate as AllReduce, where one exchange in float32 was 0.4 points behind (docs/results.md).
+    With many workers take `repeat(3, crossover(n, wire="int8"))`, three exchanges in 0.76 of the bytes: with 64 it is
+    as accurate as AllReduce, where one exchange in float32 was 0.4 points behind (docs/results.md).
 
     Raises `ValueError` for a pool of another number of workers, and for a number of segments that no good pool divides,
     naming those near it that work.
