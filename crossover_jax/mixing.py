@@ -110,19 +110,11 @@ def gossip(
     """
     if not pool.keeps_agreement:
         raise ValueError("`pool` must keep agreement (rows of W sum to 1); this one does not: use `push_sum` with it.")
-    return exchange(pool, cut, table, axis, leaves=leaves, specs=specs, wire=wire, in_flight=in_flight)
+    return exchange(pool, cut, table, axis, leaves, specs, wire, in_flight)
 
 
 def exchange(
-    pool: Pool,
-    cut: Cut,
-    table: TableOrFunction,
-    axis: str | None,
-    *,
-    leaves: Leaves = None,
-    specs: PyTree = None,
-    wire: str | None = None,
-    in_flight: int | None = None,
+    pool: Pool, cut: Cut, table: TableOrFunction, axis: str | None, leaves: Leaves, specs: PyTree, wire, in_flight
 ) -> Mix:
     """`gossip` for pools that may keep only mass; what it mixes then needs `push_weights` and `unbias`."""
     table = make_table(table, pool, cut)

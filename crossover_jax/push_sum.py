@@ -62,7 +62,7 @@ def push_sum(
     if not pool.keeps_mass:
         raise ValueError("`pool` must keep mass (columns of W sum to 1) for push-sum, this one does not: transpose it?")
     optimizer, table = optax.with_extra_args_support(optimizer), make_table(table, pool, cut)
-    mix = exchange(pool, cut, table, axis, leaves=leaves, specs=specs, wire=wire, in_flight=in_flight)
+    mix = exchange(pool, cut, table, axis, leaves, specs, wire, in_flight)
     push, z = push_weights(pool, table), unbias(cut, axis, leaves=leaves, specs=specs)
     first = init_of(optimizer)
 

@@ -1,6 +1,5 @@
-"""What a program of one worker does, read from its trace: the bytes that it sends, the operations of its products."""
+"""What a program of one worker does, read from its trace: the bytes that it sends."""
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -56,22 +55,7 @@ def wire_bytes(function: Callable[..., Any], *args: Any, axis: str = "worker", n
     >>> wire_bytes(lambda x: average()(x, 0), jnp.zeros(100), num_workers=4)
     600.0
     """
-    return _total(trace_worker(function, *args, axes={axis: num_workers}).jaxpr, partial(_sent, axis, num_workers))
-
-
-def operations(function: Callable[..., Any], *args: Any, axes: dict[str, int] | None = None) -> float:
-    """Floating-point operations of the matrix products and convolutions in one call of `function`.
-
-    `function` is traced on values or shapes, not run; `axes` names the axes it expects around it, with their sizes. A
-    product counts 2 per multiply-add. What is in a `scan` counts as often as it runs (which XLA's own cost analysis
-    does not do), what is in a `while` once, what is recomputed for a gradient again, and of the branches of a
-    conditional the dearest.
-
-    >>> import jax.numpy as jnp
-    >>> operations(lambda x: x @ x, jnp.zeros((10, 10)))
-    2000.0
-    """
-    return _total(trace_worker(function, *args, axes=axes or {}).jaxpr, _multiplications)
+    return total(trace_worker(function, *args, axes={axis: num_workers}).jaxpr, partial(_sent, axis, num_workers))
 
 
 def _without_place(x: Any) -> Any:
@@ -80,16 +64,16 @@ def _without_place(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
 
 
-def _total(jaxpr: core.Jaxpr, cost: Callable[[Equation], float]) -> float:
+def total(jaxpr: core.Jaxpr, cost: Callable[[Equation], float]) -> float:
     """The sum of `cost(eqn)` over the equations of a jaxpr and of all jaxprs in it, as often as they run."""
     return sum((_total_of(eqn, cost) for eqn in jaxpr.eqns), 0.0)
 
 
 def _total_of(eqn: Equation, cost: Callable[[Equation], float]) -> float:
     if eqn.primitive.name == "cond":
-        return max(_total(branch.jaxpr, cost) for branch in eqn.params["branches"])
+        return max(total(branch.jaxpr, cost) for branch in eqn.params["branches"])
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-    return cost(eqn) + times * sum((_total(inner, cost) for inner in inner_jaxprs(eqn.params)), 0.0)
+    return cost(eqn) + times * sum((total(inner, cost) for inner in inner_jaxprs(eqn.params)), 0.0)
 
 
 def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
@@ -123,15 +107,3 @@ def axes_of(params: dict[str, Any]) -> frozenset[str]:
     """The axes that a primitive communicates over."""
     names = params.get("axes", params.get("axis_name", ()))
     return frozenset(n for n in (names if isinstance(names, tuple) else (names,)) if isinstance(n, str))
-
-
-def _multiplications(eqn: Equation) -> float:
-    params = eqn.params
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        return 2.0 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-    if eqn.primitive.name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval
-        taps = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * eqn.outvars[0].aval.size * taps / math.prod(params["lhs_dilation"])  # zeros between are no work
-    return 0.0

@@ -31,11 +31,11 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.traced import operations
 from experiments import data, flags, report
 from experiments.algorithms import make_algorithm
 from experiments.compiled import collectives, traffic
 from experiments.evaluate import batch_axes
+from experiments.operations import operations
 from experiments.program import Program, make_program, place_workers
 from experiments.settings import check_settings
 

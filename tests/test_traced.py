@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.traced import operations, trace_worker, wire_bytes
+from crossover_jax.traced import trace_worker, wire_bytes
+from experiments.operations import operations
 
 
 def model_bytes(params):
