@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,19 +59,19 @@ def per_worker(
     [6.0, 6.0, 6.0, 6.0]
     """
     sizes, names, parameters = axis_sizes(workers, axis), axis_names(axis), _parameters(step)
+    shared_places, static_places = _by_both(replicated, parameters), _by_both(static, parameters)
+    donated = donate if not isinstance(donate, bool) else (0,) if donate else ()
+    options = _for_jit("donate", _by_both(donated, parameters) - shared_places) | _for_jit("static", static_places)
     # Without the state's own sharding on what is returned, nothing is aliased and the next call compiles again.
     shardings = shardings_of(workers, out_specs, axis) if isinstance(workers, Mesh) else None
     is_sharded = any(spec is not None and any(spec) for spec in jax.tree.leaves(out_specs, is_leaf=is_spec))
-    if isinstance(donate, bool):
-        donate = (0,) if donate and not _among("0", replicated, parameters) else ()
-    options = _jit_names("donate", donate, parameters) | _jit_names("static", static, parameters)
 
     def all_workers(*args, **kwargs):
         given = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
         fixed, shared, own = {}, {}, {}
         for key, arg in given.items():
-            is_static, is_shared = (_among(key, chosen, parameters) for chosen in (static, replicated))
-            (fixed if is_static else shared if is_shared else own)[key] = arg
+            place = int(key) if key.isdigit() else key
+            (fixed if place in static_places else shared if place in shared_places else own)[key] = arg
         for key, arg in own.items():
             _check_leading_axis(arg, math.prod(sizes), f"argument {key}" if key.isdigit() else f"argument {key!r}")
 
@@ -195,20 +195,15 @@ def _parameters(step: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-def _among(key: str, chosen: Sequence[int | str], parameters: list[str]) -> bool:
-    """Whether an argument, "0" for the first or its name, is among those chosen by position or by name."""
-    known = dict(enumerate(parameters)) | {name: i for i, name in enumerate(parameters)}
-    position_or_name = int(key) if key.isdigit() else key
-    return position_or_name in chosen or known.get(position_or_name) in chosen
+def _by_both(chosen: Iterable[int | str], parameters: list[str]) -> set[int | str]:
+    """Arguments chosen by position or by name, by both: however they will be passed."""
+    other: dict[int | str, int | str] = dict(enumerate(parameters)) | {name: i for i, name in enumerate(parameters)}
+    return {either for x in chosen for either in (x, other.get(x, x))}
 
 
-def _jit_names(what: str, chosen: Sequence[int | str], parameters: list[str]) -> dict[str, Any]:
-    """The same arguments for `jit`, by position and by name, however they will be passed."""
-    numbers = {
-        x if isinstance(x, int) else parameters.index(x) for x in chosen if isinstance(x, int) or x in parameters
-    }
-    names = {parameters[i] for i in numbers if i < len(parameters)} | {x for x in chosen if isinstance(x, str)}
-    return {f"{what}_argnums": tuple(numbers), f"{what}_argnames": tuple(names)}
+def _for_jit(what: str, chosen: set[int | str]) -> dict[str, Any]:
+    numbers, names = (tuple(x for x in chosen if isinstance(x, kind)) for kind in (int, str))
+    return {f"{what}_argnums": numbers, f"{what}_argnames": names}
 
 
 def _check_leading_axis(tree: PyTree, num_workers: int, what: str) -> None:
