@@ -124,8 +124,8 @@ def mix_after(optimizer: optax.GradientTransformation, mix: AnyMix) -> Algorithm
 def mix_during(optimizer: optax.GradientTransformation, mix: AnyMix) -> Algorithm:
     """Mix while the gradient is taken: x <- W x + u. The exchange needs nothing of this step, so it can hide behind it.
 
-    The price is disagreement: in the noise-driven linear model, with one peer at a share of ½, its mean square is about
-    twice that of `mix_after`. Warns where the mix compiles to a conditional, behind which nothing can hide.
+    The price is disagreement: driven by noise, with one peer at a share of ½, its mean square is about twice that of
+    `mix_after`. Warns where the mix compiles to a conditional, behind which nothing can hide.
 
     >>> from crossover_jax import average
     >>> algorithm = mix_during(optax.sgd(1.0), average())
@@ -158,9 +158,8 @@ def mix_with_momentum(
     Whatever the optimizer keeps in the shape of the parameters travels along, by `momentum_mix` or by the same `mix`:
     workers that share their momentum disagree less, for what drives them apart is what their own momentum remembers.
     Of an optimizer behind `optax.masked` or `optax.multi_transform` that is the momentum of the parameters it trains.
-    With `gossip(..., wire="bfloat16")` both together are the bytes of one float32 model.
-
-    `init` raises `ValueError` where the optimizer keeps nothing of that shape.
+    With `gossip(..., wire="bfloat16")` both together are the bytes of one float32 model. `init` raises `ValueError`
+    where the optimizer keeps nothing of that shape.
 
     >>> from crossover_jax import average
     >>> algorithm = mix_with_momentum(optax.sgd(1.0, momentum=0.5), average())
@@ -231,9 +230,9 @@ def mix_relative(optimizer: optax.GradientTransformation, mix: AnyMix, renew_eve
     agree more closely. After each `renew_every` steps r becomes the average of the workers, by an all-reduce of the
     leaves that `mix` lets travel; it begins as the parameters, which must be the same on all workers.
 
-    Raises `ValueError` for `renew_every` below 1. Holds one more copy of the parameters; differences of narrower
-    parameters than float32 travel as float32, or as the wire says. Where a loop restores one worker's state, its
-    reference is an old one until the next renewal: the sum over workers still holds, its agreement does not.
+    Raises `ValueError` for `renew_every` below 1. Differences of parameters narrower than float32 travel as float32, or
+    as the wire says. Where a loop restores one worker's state, its reference is an old one until the next renewal: the
+    sum over workers still holds, its agreement does not.
 
     >>> from crossover_jax import average
     >>> algorithm = mix_relative(optax.sgd(1.0), average(), renew_every=1)
@@ -278,8 +277,7 @@ def average_grads(
 ) -> Algorithm:
     """AllReduce-SGD: every worker steps with the gradient averaged over all workers, synchronous data parallelism.
 
-    `specs` tells how gradients lie inside a worker of several devices, as in `gossip`. A gradient that is not finite
-    makes the average so, and no worker steps.
+    `specs` is `gossip`'s, of gradients. One that is not finite makes the average so, and no worker steps.
 
     >>> algorithm, x, grads = average_grads(optax.sgd(1.0)), jnp.zeros(4), jnp.arange(4.0)
     >>> jax.vmap(lambda g, x: algorithm.update(g, algorithm.init(x), x, 0)[0], axis_name="worker")(grads, x).tolist()
@@ -317,8 +315,7 @@ def as_optax(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
     What skips updates by a condition (`optax.apply_if_finite`) goes around the optimizer inside the algorithm: a worker
     that skips `as_optax` sends nothing, and all would wait for it for ever. `per_worker` refuses it.
 
-    Raises `ValueError` for algorithms whose model is not their parameters (push-sum): the loop would take gradients at
-    biased values; and, in the step, if parameters are not passed to `update`.
+    Raises `ValueError` for push-sum, whose loop needs `algorithm.model`, and in a step that passes no parameters.
 
     >>> from crossover_jax import crossover_sgd
     >>> tx = as_optax(crossover_sgd(optax.adam(1e-3), num_workers=8))
@@ -326,9 +323,7 @@ def as_optax(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
     0
     """
     if algorithm.model is not _params_as_they_are:
-        raise ValueError(
-            "`algorithm` must train its parameters as they are: push-sum needs `algorithm.model` in the loss."
-        )
+        raise ValueError("`algorithm` must train its parameters as they are: push-sum needs its `model` in the loss.")
 
     def init(params):
         return CountedState(algorithm.init(params), jnp.zeros((), jnp.int32))

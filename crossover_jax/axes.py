@@ -42,7 +42,7 @@ def axis_or_default(axis: Any) -> str:
         return "worker" if "worker" in around().axes else around().axes[0]
     if not isinstance(axis, str):
         raise ValueError(
-            f"`axis` must be one name of {around().axes}, got {axis!r}: exchange along one axis, then along the other "
+            f"`axis` must be one name, got {axis!r}: exchange along one of {around().axes}, then along the other "
             "(`chain`)."
         )
     return axis

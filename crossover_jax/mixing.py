@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Integer
 
-from crossover_jax.axes import axis_or_default, check_axis, is_simulated, same_on_all_workers, vary
+from crossover_jax.axes import Axis, axis_or_default, check_axis, is_simulated, same_on_all_workers, vary
 from crossover_jax.cuts import Cut
 from crossover_jax.deprecated import renames
 from crossover_jax.leaves import PyTree, widened
@@ -44,7 +44,7 @@ class Mix:
     """
 
     function: Callable[[PyTree, Step], PyTree]
-    axis: str | None = None  # None: the one that names the workers
+    axis: Axis | None = None  # None: the one that names the workers
     leaves: Leaves = None  # which travel
     specs: PyTree = None  # how leaves lie inside a worker
     can_overlap: bool = True  # compiles without a conditional, which nothing can overlap
