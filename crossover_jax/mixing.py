@@ -169,7 +169,7 @@ def _is_constant(table: Table) -> bool:
 
 
 @renames(where="leaves")
-def average(axis: str | None = None, *, leaves: Leaves = None, specs: PyTree = None) -> Mix:
+def average(axis: Axis | None = None, *, leaves: Leaves = None, specs: PyTree = None) -> Mix:
     """Average over all workers by all-reduce, in float32 at least: x_i <- (1/n) Σ_j x_j.
 
     `leaves` chooses leaves by name; those that are not floating-point stay as they are. Where a worker has several
