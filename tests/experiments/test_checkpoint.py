@@ -87,7 +87,7 @@ def read_rows(workdir):
 # ---- the same run ----
 
 
-@pytest.mark.full_compilation  # or the second run would take the program of the first
+@pytest.mark.full_compilation  # as users compile, of whose runs the bits are promised
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
 )
