@@ -15,18 +15,9 @@ from crossover_jax import plan, topology
 from crossover_jax.text import as_table
 from crossover_jax.topology.describe import as_text, describe
 
-TOPOLOGIES: dict[str, Callable[..., topology.Pool]] = {
-    "balanced": topology.balanced,
-    "base": topology.base,
-    "complete": topology.complete,
-    "derangements": topology.derangements,
-    "exponential": topology.exponential,
-    "hypercube": topology.hypercube,
-    "latin": topology.latin,
-    "pull": topology.pull,
-    "ring": topology.ring,
-    "symmetric": topology.symmetric,
-}
+PLANNED = (topology.base, topology.complete, topology.exponential, topology.hypercube, topology.ring)
+DRAWN = (topology.balanced, topology.derangements, topology.latin, topology.pull, topology.symmetric)
+TOPOLOGIES: dict[str, Callable[..., topology.Pool]] = dict(sorted((make.__name__, make) for make in PLANNED + DRAWN))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,11 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_run_describe)
     command.add_argument("name", metavar="NAME", help=", ".join(TOPOLOGIES))
     command.add_argument("--workers", type=int, required=True, help="how many copies of the model gossip")
-    command.add_argument(
-        "--pool-size",
-        type=int,
-        help="rounds of a drawn pool (default: as in training, about 2 log2 of the workers, at least 8)",
-    )
+    command.add_argument("--pool-size", type=int, help="rounds of a drawn pool (default: as many as in training)")
     command.add_argument("--peers", type=int, help="peers per round of exponential and base (default: 1)")
     command.add_argument("--hosts", type=int, default=1, help="equal hosts, to count the messages that leave them")
     command.add_argument("--slices", type=int, default=1, help="equal slices, likewise, and for symmetric")
@@ -100,20 +87,18 @@ def _text_of_plan(params: float, workers: int, compute: float, link: plan.Link, 
     title = f"{workers} workers, {params / 1e6:g} million parameters, {1e3 * compute:g} ms of compute, links of {link}"
     title += f", {1e3 * inside:.3g} ms inside a worker" if inside else ""
     rows = [(way.name, way.wire, f"{way.sent / 1e6:.4g} MB", _time(way.transfer), _time(way.step)) for way in found]
-    fewer = [
-        (group.gossiping, group.members, _time(group.averaging), _time(group.step))
-        for group in plan.groups(params, workers, compute, link, inside)
-    ]
-    return "\n".join(
-        [
-            f"{title}\n",
-            as_table(("algorithm", "wire", "sent", "exchange", "step"), rows),
-            "\nCrossover, during, saves 5 % of the step of AllReduce beside the backward pass, both in float32, "
-            f"{_rates(plan.where_it_pays(params, workers, compute, link, inside))}.",
-            "\nThe same workers in groups whose members average gradients over the same links (float32, during):\n",
-            as_table(("gossiping", "members", "averaging", "step"), fewer),
-        ]
-    )
+    groups = plan.groups(params, workers, compute, link, inside)
+    fewer = [(own.gossiping, own.members, _time(own.averaging), _time(own.step)) for own in groups]
+    return f"""{title}
+
+{as_table(("algorithm", "wire", "sent", "exchange", "step"), rows)}
+
+Crossover, during, saves 5 % of the step of AllReduce beside the backward pass, both in float32, \
+{_rates(plan.where_it_pays(params, workers, compute, link, inside))}.
+
+The same workers in groups whose members average gradients over the same links (float32, during):
+
+{as_table(("gossiping", "members", "averaging", "step"), fewer)}"""
 
 
 def _time(seconds: float) -> str:
@@ -132,20 +117,15 @@ def _rates(pays: tuple[float, float] | None) -> str:
 def _pool(args: argparse.Namespace) -> topology.Pool:
     if args.name not in TOPOLOGIES:
         near = difflib.get_close_matches(args.name, TOPOLOGIES, n=1, cutoff=0.4)
-        raise ValueError(
-            f"{args.name!r} is not a topology; "
-            + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(TOPOLOGIES)}.")
-        )
+        advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(TOPOLOGIES)}."
+        raise ValueError(f"{args.name!r} is not a topology; {advice}")
     takes = inspect.signature(TOPOLOGIES[args.name]).parameters
-    options = {"peers": args.peers, "seed": args.seed, "pool_size": args.pool_size}
-    for name, value in options.items():
-        if value is not None and name not in takes:
+    given = {name: getattr(args, name) for name in ("peers", "seed", "pool_size") if getattr(args, name) is not None}
+    for name, value in given.items():
+        if name not in takes:
             raise ValueError(f"{args.name!r} takes no `--{name.replace('_', '-')}`, got {value}.")
-    defaults = {"pool_size": topology.advised_pool_size(args.workers), "slices": args.slices}
-    given = {name: value for name, value in options.items() if value is not None}
-    return TOPOLOGIES[args.name](
-        args.workers, **{name: value for name, value in (defaults | given).items() if name in takes}
-    )
+    options = {"pool_size": topology.advised_pool_size(args.workers), "slices": args.slices} | given
+    return TOPOLOGIES[args.name](args.workers, **{name: value for name, value in options.items() if name in takes})
 
 
 if __name__ == "__main__":

@@ -58,7 +58,6 @@ def ways(params: float, workers: int, compute: float, link: Link, inside: float 
     `inside` is what averaging gradients inside a worker takes, bucket by bucket beside the backward pass. AllReduce is
     there twice: all at once behind the gradient, and bucket by bucket too, as good implementations do. "Streamed" mixes
     a part of the model at each step (`stream`) where an exchange does not fit beside one: as fast, but slower to agree.
-
     Raises `ValueError` for fewer than two workers, for no parameters and for a time that is negative.
     """
     if workers < 2:
@@ -104,11 +103,8 @@ def where_it_pays(
     """
 
     def saves(rate: float) -> bool:
-        by_name = {
-            way.name: way.step
-            for way in ways(params, workers, compute, Link(rate, link.latency), inside)
-            if way.wire == "float32"
-        }
+        found = ways(params, workers, compute, link._replace(rate=rate), inside)
+        by_name = {way.name: way.step for way in found if way.wire == "float32"}
         return by_name["crossover, during"] < 0.95 * by_name["allreduce, beside the backward pass"]
 
     # Solved by trying: steps are maxima of sums, and a formula would have a case for each order of their terms.
@@ -133,7 +129,7 @@ def groups(params: float, workers: int, compute: float, link: Link, inside: floa
     """
     found = []
     for members in (m for m in range(workers // 2, 0, -1) if workers % m == 0):
-        averaging = allreduce_seconds(4 * params, members, link) if members > 1 else 0.0
+        averaging = allreduce_seconds(4 * params, members, link)  # 0 for one
         sending = averaging + gossip_seconds(4 * params / members, link)
         step = max(compute, (1 - BACKWARD) * compute + inside + averaging, sending)
         found.append(Groups(workers // members, members, averaging, step))

@@ -13,9 +13,6 @@ def as_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     int8      6.6
     """
     lines = [[str(entry) for entry in line] for line in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        [entry.ljust(w) if i == 0 else entry.rjust(w) for i, (entry, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    ]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    aligned = [[line[0].ljust(first), *map(str.rjust, line[1:], others)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in aligned)

@@ -1,4 +1,8 @@
-"""What a program of one worker does, read from its trace: the bytes that it sends."""
+"""What a program of one worker does, read from its trace: the bytes that it sends.
+
+A function is traced on the values or shapes of one worker, not run. What is in a `scan` counts as often as it runs,
+what is in a `while` once, and of the branches of a conditional the dearest.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,8 +20,7 @@ _FREE = ("axis_index", "pvary")  # of what names an axis: these send nothing
 def trace_worker(function: Callable[..., Any], *args: Any, axes: dict[str, int]) -> core.ClosedJaxpr:
     """The jaxpr of `function` as one worker of a mesh runs it, with the arrays that it reads as its constants.
 
-    `axes` names the axes that `function` expects around it, with their sizes; no such devices are needed. `args` are
-    the values (or shapes) of one worker. They are not computed with, and how they are sharded does not matter.
+    `axes` names the axes that `function` expects around it, with their sizes; no such devices are needed.
 
     >>> import jax.numpy as jnp
     >>> traced = trace_worker(lambda x: jax.lax.pmean(x, "worker"), jnp.zeros(3), axes={"worker": 4})
@@ -43,12 +46,8 @@ def trace_worker(function: Callable[..., Any], *args: Any, axes: dict[str, int])
 def wire_bytes(function: Callable[..., Any], *args: Any, axis: str = "worker", num_workers: int) -> float:
     """Bytes that one worker sends over `axis` in one call of `function`, averaged over the workers.
 
-    `function` is traced on the values (or shapes) of one worker, not run. A permute counts its message, once per pair
-    that is not a fixed point; an all-reduce counts 2 (n − 1)/n times its operand, what a ring sends. Of the branches of
-    a conditional the one that sends most counts: pass a Python integer as `step` and `gossip` makes none. What is in a
-    `scan` counts as often as it runs, what is in a `while` once.
-
-    Raises `ValueError` for a collective that it does not know.
+    A permute counts its message for each pair that is not a fixed point, an all-reduce 2 (n − 1)/n times its operand,
+    as on a ring. With a Python integer as `step`, `gossip` makes no conditional. Unknown collectives: `ValueError`.
 
     >>> import jax.numpy as jnp
     >>> from crossover_jax.mixing import average
@@ -66,14 +65,14 @@ def _without_place(x: Any) -> Any:
 
 def total(jaxpr: core.Jaxpr, cost: Callable[[Equation], float]) -> float:
     """The sum of `cost(eqn)` over the equations of a jaxpr and of all jaxprs in it, as often as they run."""
-    return sum((_total_of(eqn, cost) for eqn in jaxpr.eqns), 0.0)
-
-
-def _total_of(eqn: Equation, cost: Callable[[Equation], float]) -> float:
-    if eqn.primitive.name == "cond":
-        return max(total(branch.jaxpr, cost) for branch in eqn.params["branches"])
-    times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-    return cost(eqn) + times * sum((total(inner, cost) for inner in inner_jaxprs(eqn.params)), 0.0)
+    summed = 0.0
+    for eqn in jaxpr.eqns:
+        inside = [total(inner, cost) for inner in inner_jaxprs(eqn.params)]
+        if eqn.primitive.name == "cond":
+            summed += max(inside)
+        else:
+            summed += cost(eqn) + sum(inside) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+    return summed
 
 
 def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
@@ -83,10 +82,8 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
     """
     for value in params.values():
         for inner in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(inner, core.ClosedJaxpr):
-                yield inner.jaxpr
-            elif isinstance(inner, core.Jaxpr):
-                yield inner
+            if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
+                yield inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
 
 
 def _sent(axis: str, n: int, eqn: Equation) -> float:
