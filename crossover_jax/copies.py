@@ -110,8 +110,7 @@ def split(batch: PyTree, workers: Workers, spec: P | None = None, *, axis: Axis 
     """A flat batch `[batch, ...]` dealt out to the workers, `[workers, per worker, ...]`, and placed.
 
     Worker i gets the i-th part of consecutive examples. `spec` is over the inner axes, for the dimensions after the
-    first, `P("data")` where the devices of a worker share its examples. With many processes every one passes the whole
-    batch (see `from_local` for their parts). Raises `ValueError` if the workers do not divide the batch.
+    first. Every process passes the whole batch (`from_local` takes parts). Raises `ValueError` for a remainder.
 
     >>> split({"image": np.zeros((32, 28, 28))}, 8)["image"].shape
     (8, 4, 28, 28)

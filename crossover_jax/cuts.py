@@ -156,9 +156,7 @@ def by_module(tree: PyTree, depth: int | Callable[[str], str] = 1) -> Cut:
 
     `tree` is the tree that will travel (arrays, or their shapes). Instead of a depth, a function of a leaf's name,
     "layer1/0/conv1/kernel", may return the name of its segment; segments are numbered in the order of the leaves.
-    The paper cuts ResNet-50 into 18 such segments ("fine") or 6 ("coarse"). Raises `ValueError` for a depth below 1.
-
-    Reference: Crossover-SGD, arXiv:2012.15198, segment-wise model exchange.
+    Raises `ValueError` for a depth below 1. Reference: Crossover-SGD, arXiv:2012.15198, segment-wise model exchange.
 
     >>> params = {"stem": {"kernel": np.zeros(3)}, "head": {"kernel": np.zeros(2), "bias": np.zeros(1)}}
     >>> cut = by_module(params)

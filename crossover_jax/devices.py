@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from crossover_jax.axes import checks_types
 
-Part = Callable[..., list[jax.Array]]
+OnParts = Callable[..., list[jax.Array]]
 
 
 def inner_axes(axis: str) -> dict[str, int]:
@@ -28,13 +28,12 @@ def has_inner_axes(axis: str) -> bool:
     return bool(inner_axes(axis)) and AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types
 
 
-def on_parts(function: Part, leaves: list[jax.Array], specs: Sequence[P | None], axis: str, *replicated: Any):
+def on_parts(function: OnParts, leaves: list[jax.Array], specs: Sequence[P | None], axis: str, *replicated: Any):
     """`function(parts, *replicated)`, each device with its own part of each leaf; returns leaves as they lay.
 
-    Inside a `shard_map` that is manual over `axis` and leaves other axes of the mesh (the inner ones) to the compiler,
-    a nested one takes those too. A leaf whose spec names all inner axes enters as it lies. One that lies whole on every
-    device enters flat, 1/n per device, and is gathered inside the worker afterwards; one in between is split further
-    along a dimension that allows it. Without inner axes, and under `vmap`, this is `function(leaves, *replicated)`.
+    Inside the `shard_map` over `axis` a nested one takes the inner axes too. A leaf whose spec names all of them enters
+    as it lies. One that lies whole on every device enters flat, 1/n per device, and is gathered inside the worker
+    afterwards; one in between is split further. Without inner axes, and under `vmap`, the leaves are the parts.
 
     `specs` are over inner axes; None means as the type says (Explicit axes), or whole on every device.
     """

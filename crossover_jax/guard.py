@@ -1,8 +1,7 @@
 """Refuse, while a step is traced, what would hang on real links: a collective that some workers do not enter.
 
 A walk over the traced program of one worker that follows, for every value, along which axes it may differ between
-workers. Types would say it too (`shard_map(check_vma=True)`), but they make a mesh another language than a simulation:
-loops that begin with constants are errors there, and gradients of replicated values are summed.
+workers. Types would say it too (`shard_map(check_vma=True)`), at a price: see `workers._on_mesh`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -53,13 +53,7 @@ def traced_channels(table: Table, step: Any) -> Channels:
 
 
 def exchange_by_channels(
-    arrays: list[Array],
-    pieces: Pieces,
-    channels: Channels,
-    pool: Pool,
-    axis: str,
-    wire: Wire,
-    in_flight: int | None = None,
+    arrays: list[Array], pieces: Pieces, channels: Channels, pool: Pool, axis: str, wire: Wire, in_flight: int | None
 ) -> list[Array]:
     """Groups of `in_flight` channels (None: of all) one after the other; in a group no message waits for another."""
     size = in_flight or len(channels) or 1
@@ -161,10 +155,9 @@ def exchange_by_switch(
 def exchange_by_index(
     arrays: list[Array], pieces: Pieces, row: Array, pool: Pool, axis: str, wire: Wire
 ) -> list[Array]:
-    """The same exchange where one device holds all workers: nothing is sent, everybody reads what he would have got.
+    """The same exchange where one device holds all workers: everybody reads what he would have got.
 
-    Batching `ppermute` would do too, but on a CPU it reads element by element, and here whole segments are read
-    (benchmarks/simulated_exchange.py).
+    A batched `ppermute` would read element by element on a CPU (benchmarks/simulated_exchange.py).
     """
     parts = [_take(arrays, pieces, [(s, 1)]) for s in range(len(row))]
     round_, me = jnp.maximum(row, 0), lax.axis_index(axis)

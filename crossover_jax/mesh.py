@@ -27,8 +27,7 @@ def make_mesh(
 
     `inner` maps axis names to sizes, {"device": 4}; without it a worker is one device. Workers vary slowest, over
     slices and then over hosts, so the devices of one worker are neighbours and what crosses slow links is gossip. A
-    worker is a part of a host, or whole hosts of one slice, or whole slices. Works with the devices of a process, of
-    many (`jax.devices()` after `jax.distributed.initialize`) and of ahead-of-time topologies.
+    worker is a part of a host, or whole hosts of one slice, or whole slices.
 
     Raises `ValueError` if workers × inner devices are not the number of `devices` (default: all of them), or if a
     worker would hold a part of a host or slice with a part of the next, naming the worker counts that work.

@@ -98,7 +98,6 @@ def gossip(
 
     Raises `ValueError` for what does not fit together, for an axis that is not bound, for a `step` that differs between
     workers, and if `leaves` chooses none.
-
     Reference: Crossover-SGD, arXiv:2012.15198.
 
     >>> from crossover_jax import by_size, topology

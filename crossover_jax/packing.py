@@ -11,20 +11,14 @@ from jaxtyping import Array
 
 from crossover_jax.axes import around, vary
 from crossover_jax.cuts import Cut
-from crossover_jax.devices import has_inner_axes, on_parts
+from crossover_jax.devices import OnParts, has_inner_axes, on_parts
 from crossover_jax.leaves import PyTree, flatten, travels
 
 Leaves = Callable[[str], bool] | None  # which leaves travel, by name; None: all that can
 
 
 def map_packed(
-    function: Callable[..., list[Array]],
-    tree: PyTree,
-    cut: Cut,
-    axis: str,
-    leaves: Leaves,
-    specs: PyTree,
-    *replicated: Array,
+    function: OnParts, tree: PyTree, cut: Cut, axis: str, leaves: Leaves, specs: PyTree, *replicated: Array
 ) -> PyTree:
     """Apply `function(arrays, pieces, *replicated)` to what travels: a packed vector, and leaves cut as they are."""
 
@@ -54,9 +48,7 @@ def _pack(leaves: list[Array], length: int) -> Array:
     return jnp.concatenate([x for x in pieces if x.size] or pieces[:1])  # at an empty one XLA:CPU may end the process
 
 
-def map_parts(
-    function: Callable[..., list[Array]], tree: PyTree, axis: str, leaves: Leaves, specs: PyTree, *replicated: Array
-) -> PyTree:
+def map_parts(function: OnParts, tree: PyTree, axis: str, leaves: Leaves, specs: PyTree, *replicated: Array) -> PyTree:
     """Apply `function(names, parts, *replicated)` to each device's parts of the leaves that travel.
 
     Raises `ValueError` where `leaves` chooses none, and where `specs` are missing.

@@ -47,7 +47,6 @@ def crossover(
 
     Raises `ValueError` for a pool of another number of workers, and for a number of segments that no good pool divides,
     naming those near it that work.
-
     Reference: Crossover-SGD, arXiv:2012.15198.
 
     >>> import jax, jax.numpy as jnp
@@ -90,8 +89,7 @@ def _in_old_order(optimizer, once, *, during=False, local_steps=1, rounds=1, mom
     )
     if during + (momentum_rounds > 0) + (renew > 0) > 1:
         raise ValueError(
-            f"of `during`, `momentum_rounds` and `renew` at most one must be set, got {during}, {momentum_rounds} and "
-            f"{renew}: they are three orders of step and exchange."
+            f"of `during`, `momentum_rounds` and `renew` one may be set, got {during}, {momentum_rounds}, {renew}."
         )
     mix = every(local_steps, repeat(rounds, once))
     if momentum_rounds:
@@ -155,7 +153,6 @@ def sgp(
 
     On the exponential graph (the default, with one peer or more) every W is doubly stochastic, so all weights w stay 1
     and none is kept; for a `pool` that keeps only mass they are.
-
     Reference: Assran et al., Stochastic Gradient Push, arXiv:1811.10792.
 
     >>> import jax, jax.numpy as jnp
@@ -173,7 +170,6 @@ def sgp(
 
 def d_psgd(optimizer: Optimizer, num_workers: int, *, axis: str | None = None, specs: PyTree = None) -> Algorithm:
     """Decentralised parallel SGD on a ring: x_i <- W x + u_i with both neighbours and oneself at 1/3.
-
     Reference: Lian et al., Can Decentralized Algorithms Outperform Centralized Algorithms?, arXiv:1705.09056.
 
     >>> import jax, jax.numpy as jnp
@@ -191,7 +187,6 @@ def local_sgd(
     optimizer: Optimizer, local_steps: int = 1, *, axis: str | None = None, specs: PyTree = None
 ) -> Algorithm:
     """Local SGD: `local_steps` steps alone, then the parameters are averaged; with 1 it is parameter averaging.
-
     Reference: Stich, Local SGD Converges Fast and Communicates Little, arXiv:1805.09767.
 
     >>> import jax, jax.numpy as jnp

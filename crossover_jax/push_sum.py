@@ -87,9 +87,7 @@ def _as_each_has_it(weights: Array, axis: str) -> Array:
 def push_weights(pool: Pool, table: Table) -> Callable[[Array, Step], Array]:
     """Push-sum weights of all workers after a round: w[s] <- W w[s], W = pool.matrix(table[step, s]).
 
-    They depend on pool and table only, so every worker computes all of them, `[segments, workers]`, and none is sent.
-
-    Reference: Stochastic Gradient Push, arXiv:1811.10792, Algorithm 1.
+    They depend on pool and table only, so every worker computes all of them, `[segments, workers]`.
     """
     everyone = np.broadcast_to(np.arange(pool.num_workers), (1, pool.num_workers))
     # The last round is the one in which everybody stays at home, so that −1 in the table finds it.
@@ -113,8 +111,6 @@ def unbias(
     """Divide each segment of a worker's values by its push-sum weight: z = x / w, the model that SGP trains.
 
     Weights are `[segments, workers]`, as `push_weights` keeps them.
-
-    Reference: Stochastic Gradient Push, arXiv:1811.10792, Algorithm 1.
     """
 
     def divide_packed(arrays: list[Array], pieces: Pieces, weights: Array) -> list[Array]:

@@ -52,10 +52,9 @@ def resize(tree: PyTree, matrix: np.ndarray) -> PyTree:
 
     `matrix`, `[m, n]` on the host, has rows that sum to 1. Products are taken in float32 at least, as what differs from
     one worker that the row names: workers that are equal stay equal in every bit, and a row with a single 1 copies its
-    worker's bits. Counters, `[n]` integers, become the highest of them all on every worker, so that one that skipped a
-    step catches up. All else (flags, keys) is that of the worker with the largest share; keys of several that come from
-    one worker are made different. Push-sum weights `[n, segments, n]` are resized as the values that they divide,
-    `[m, segments, m]`, so that the model is (R x)/(R w).
+    worker's bits. Counters, `[n]` integers, become the highest of all, so that a worker that skipped a step catches up.
+    All else (flags, keys) is that of the worker with the largest share; keys that come from one worker are made
+    different. Push-sum weights `[n, segments, n]` are resized as what they divide: the model is (R x)/(R w).
 
     Raises `ValueError` for another matrix, and for a leaf without the leading axis of n workers. A sharded state is
     resized in place by `jax.jit(partial(resize, matrix=matrix), out_shardings=...)(state)`. Sharded by workers, a

@@ -22,8 +22,7 @@ class Wire(NamedTuple):
     """The dtype of messages, and whether Q(x) lies between 0 and x (`toward_zero`) or is the nearest there is.
 
     A worker keeps x − (1 − s) Q(x) of its own, s its own share. Where s is ½ or more, the nearest Q leaves that on x's
-    side of zero; below ½ only a Q with |Q(x)| ≤ |x| does, and a second moment stays positive. What is finite is never
-    sent as infinity.
+    side of zero; below, only a Q with |Q(x)| ≤ |x| does. What is finite is never sent as infinity.
     """
 
     name: str | None = None

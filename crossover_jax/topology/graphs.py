@@ -30,7 +30,6 @@ def exponential(num_workers: int, peers: int = 1) -> Pool:
 
     All weights are `1 / (peers + 1)`; each hop (peers + 1)**p below `num_workers` is a round. With one peer or three a
     pass averages exactly when `num_workers` is a power of two. Hops that meet are sent once, with their weights added.
-
     Reference: Assran et al., Stochastic Gradient Push, arXiv:1811.10792; Ying et al., Exponential Graph is Provably
     Efficient for Decentralized Deep Training, arXiv:2110.13363 (exactness).
 
@@ -72,7 +71,6 @@ def base(num_workers: int, peers: int = 1) -> Pool:
     """Base-(k+1) graph: one pass averages exactly for any number of workers, with at most k = `peers` each.
 
     At most 2·log_{k+1}(n) + 2 rounds; every W is symmetric. A worker without a partner in a round sends nothing.
-
     Reference: Takezawa et al., Beyond Exponential Graph, arXiv:2305.11420, Algorithm 3.
 
     >>> pool = base(5)

@@ -110,7 +110,6 @@ def balanced(num_workers: int, pool_size: int, seed: int = 0) -> Pool:
     Worker `i` receives from the one it chose. The published listing can leave the last worker only itself; as in the
     authors' code, worker n−2 takes worker n−1 when that one is still free. The law is not quite uniform over
     derangements (total variation distance 1/9 for n = 4).
-
     Reference: Yeo et al., Crossover-SGD, arXiv:2012.15198, Algorithm 2.
 
     >>> balanced(2, pool_size=1).receive_from

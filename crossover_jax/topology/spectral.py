@@ -36,7 +36,6 @@ def contraction(pool: Pool) -> Contraction:
 
     `worst` is the largest over all directions d of disagreement, `mean` their average (0 for one worker). With k peers
     of equal weight the mean is `ideal_contraction`, so that is the least that worst can be.
-
     Reference: Boyd et al., Randomized Gossip Algorithms, IEEE Trans. Inf. Theory 52(6), 2006: λ₂ of E[WᵀW].
 
     >>> from crossover_jax.topology import ring
@@ -129,7 +128,6 @@ def effective_neighbors(pool: Pool, gamma: float = 0.9, *, in_turn: bool = False
     where `gamma` says how long the past matters (1/(1−γ) rounds). The paper has one W; here rounds are drawn uniformly,
     or taken `in_turn`, averaged over the phases. Up to 128 workers and for shifts exact, else sampled to about 1 %.
     Raises `ValueError` for a pool that does not keep agreement and for `gamma` outside [0, 1).
-
     Reference: Vogels, Hendrikx, Jaggi, Beyond Spectral Gap, arXiv:2206.03093, and the authors' `random_walks.py`.
 
     >>> from crossover_jax.topology import complete

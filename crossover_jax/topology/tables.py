@@ -43,7 +43,6 @@ def sample(num_segments: int, pool_size: int, period: int = 1024, *, seed: int =
     """Every segment draws its round independently and uniformly at every step, as in Crossover-SGD.
 
     How often a step uses a round is random, so the rounds cannot be compiled to static channels.
-
     Reference: Yeo et al., Crossover-SGD, arXiv:2012.15198, Algorithm 1.
 
     >>> sample(3, pool_size=8, period=2).shape
