@@ -94,8 +94,8 @@ def test_processes_train_as_one_process_does_step_by_step(num_processes, devices
     assert done.returncode == 0, done.stderr[-3000:]
     one, many = rows_of(tmp_path / "one"), rows_of(tmp_path / "many")
     assert len(one) == 4
-    if not flags:
-        assert many == one  # bit for bit
+    if not flags:  # bit for bit, but for what all devices add up in evaluation, in an order of the machine's own
+        assert [without_evaluation(row) for row in many] == [without_evaluation(row) for row in one]
     for row, same in zip(many, one, strict=True):  # Gloo adds gradients up in another order
         assert row == pytest.approx(same, rel=1e-5)
     assert done.stdout.count("accuracy, averaged model") == 1  # only the first process prints
@@ -103,6 +103,10 @@ def test_processes_train_as_one_process_does_step_by_step(num_processes, devices
     assert [log.name for log in logs] == [f"process-{i}.log" for i in range(num_processes)]
     for i, log in enumerate(logs):
         assert f"process {i} of {num_processes}, {devices} devices" in log.read_text()
+
+
+def without_evaluation(row):
+    return {key: value for key, value in row.items() if not key.startswith("eval/")}
 
 
 def test_processes_that_differ_are_refused_by_all_of_them_by_field(tmp_path, data_dir, cleanup):
