@@ -100,6 +100,14 @@ def _is_bound(axis: str) -> bool:
         return False
 
 
+def scan_arguments(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's arguments it only reads, and how many behind them it carries on."""
+    if "num_carry" in params:  # until JAX 0.10
+        return params["num_consts"], params["num_carry"]
+    read, carried, _ = params["ft_in"].unpack()
+    return len(read), len(carried)
+
+
 @jax.jit
 def _same_on_all_workers(step: jax.Array) -> jax.Array:
     return step

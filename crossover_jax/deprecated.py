@@ -10,18 +10,13 @@ R = TypeVar("R")
 
 # Old name at the top of the package -> where it is now.
 MOVED = {
-    **{
-        name: f"topology.{name}"
-        for name in (
-            *("Pool", "balanced", "base", "complete", "cycle", "derangements", "exponential", "hypercube", "latin"),
-            *("pull", "ring", "rotate", "sample", "shuffle", "stream", "symmetric"),
-        )
-    },
     "average_grads": "allreduce_sgd",
     "mean": "mean_over_workers",
     "mix_all": "mix_with_momentum",
     "worker": "one_worker",
 }
+POOLS = "Pool balanced base complete derangements exponential hypercube latin pull ring symmetric"
+MOVED |= {name: f"topology.{name}" for name in f"{POOLS} cycle rotate sample shuffle stream".split()}
 
 
 def renames(cut_at: int = -1, **new_names: str | None) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -7,7 +7,7 @@ workers. Types would say it too (`shard_map(check_vma=True)`), at a price: see `
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from crossover_jax.axes import SAME, message_of_step
+from crossover_jax.axes import SAME, message_of_step, scan_arguments
 from crossover_jax.traced import axes_of, inner_jaxprs
 
 Differs = frozenset[str]  # the axes of workers along which a value may differ
@@ -93,8 +93,8 @@ def _while(eqn: Any, ins: list[Differs], axes: Differs) -> list[Differs]:
 
 
 def _scan(eqn: Any, ins: list[Differs], axes: Differs) -> list[Differs]:
-    body, consts = _jaxpr(eqn.params["jaxpr"]), eqn.params["num_consts"]
-    end = consts + eqn.params["num_carry"]
+    body, (consts, carried) = _jaxpr(eqn.params["jaxpr"]), scan_arguments(eqn.params)
+    end = consts + carried
     ys: list[Differs] = []
 
     def once(carry: list[Differs]) -> list[Differs]:
