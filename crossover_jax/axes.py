@@ -62,10 +62,7 @@ def check_axis(axis: str, num_workers: int | None = None) -> None:
 
 
 def is_simulated(axis: str) -> bool:
-    """Whether one device holds all workers along `axis`, by `vmap`; else it is an axis of a mesh.
-
-    True inside `jit`, `grad`, `checkpoint` and `scan` too, whatever the tracers are.
-    """
+    """Whether one device holds all workers along `axis`, by `vmap`, inside any transformation; else it is a mesh's."""
     return axis not in jax.sharding.get_abstract_mesh().manual_axes
 
 

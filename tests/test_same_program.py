@@ -120,7 +120,7 @@ STEPS = {
 }
 
 
-# Its `State.set` compares shardings of shapes, and refuses its own values on any mesh of JAX 0.12, `shard_map` alone too.
+# Its `State.set` compares shardings of shapes, and refuses its own values inside any `shard_map` of JAX 0.12.
 NOT_YET = pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="equinox 0.13.8 on a mesh of JAX 0.12")
 
 
