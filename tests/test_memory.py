@@ -38,7 +38,7 @@ def temporaries(where, workers, rounds, shapes, specs, dtype, table=None, in_fli
     scale = 1 if specs is None else inner
     leaves = [jax.ShapeDtypeStruct((workers, scale * n, *rest), dtype, sharding=sharding) for n, *rest in shapes]
     table = cj.topology.shuffle(rounds, rounds) if table is None else table
-    mix = cj.gossip(cj.topology.latin(workers, rounds), table, cut(table.shape[1]), specs=specs, in_flight=in_flight)
+    mix = cj.gossip(cj.topology.latin(workers, rounds), cut(table.shape[1]), table, specs=specs, in_flight=in_flight)
     step = cj.per_worker(mix, mesh, replicated=(1,), out_specs=specs)
     t = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     memory = step.lower(leaves, t).compile().memory_analysis()

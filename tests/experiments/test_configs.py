@@ -114,7 +114,11 @@ def test_imagenet_compiles_for_as_many_accelerators_as_the_paper_had(name):
     assert found["step"]["peak_bytes_per_chip"] < found["memory_bytes_per_chip"]
 
 
-@pytest.mark.parametrize("name", ["batch", "workers", "ablations", "lars", "gap", "large", "large_lars"])
+# The arms of "gap" are traced for the bytes they send: a minute.
+@pytest.mark.parametrize(
+    "name",
+    ["batch", "workers", "ablations", "lars", pytest.param("gap", marks=pytest.mark.slow), "large", "large_lars"],
+)
 def test_a_study_can_be_run(name):
     """Every arm has a program, and borrows its learning rate from one that is tuned."""
     study = importlib.import_module(f"experiments.studies.{name}").get_study()

@@ -10,6 +10,9 @@ from experiments import checkpoint, csv_rows
 from experiments.trials import crash
 from experiments.trials.crash import EQUAL, SAVING, SETUP, TRAINING, Kill, Setting
 
+# Training in processes that are killed: run by `make test-tools`.
+pytestmark = pytest.mark.tools
+
 SAVE_OF_40, BEHIND_76 = Kill(SAVING, 0.25, 0.01), Kill(TRAINING, 0.7, 0.0)
 
 

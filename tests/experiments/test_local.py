@@ -19,6 +19,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 
+# Processes that a launcher starts and signals: run by `make test-tools`.
+pytestmark = pytest.mark.tools
+
 flags = dict(arg[2:].split("=", 1) for arg in sys.argv[1:])
 own, folder = flags["process_id"], pathlib.Path(flags["workdir"])
 start = len(list(folder.glob(f"*-{own}")))

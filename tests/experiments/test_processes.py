@@ -18,6 +18,9 @@ from experiments.launch import local
 from experiments.program import make_program
 from experiments.settings import fingerprint
 
+# Processes that talk over sockets: run by `make test-tools`.
+pytestmark = pytest.mark.tools
+
 FLAGS = [
     "--config.num_workers=8",
     "--config.log_every=1",
