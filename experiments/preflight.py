@@ -96,7 +96,8 @@ def exchange(config: ml_collections.ConfigDict, program: Program, mesh: Mesh) ->
     algorithm = make_algorithm(config, optax.identity(), program.shapes.params, specs)
 
     def mix(params, step):
-        updates = jax.tree.map(lambda x: 0 * x, params)  # which the compiler cannot fold away, as it does zeros
+        # Not zeros, which the compiler folds away; integers, among which an algorithm looks for no NaN.
+        updates = jax.tree.map(lambda x: (0 * x).astype(np.int32), params)
         return algorithm.update(updates, algorithm.init(params), params, step)[0]
 
     return cj.per_worker(mix, mesh, replicated=(1,), out_specs=specs)
