@@ -11,7 +11,7 @@ minute or less each on two cores:
 4. hierarchies (figure 8): `workers/crossover 8`, which is any number of workers in 8 groups
 5. the gap closed (ours): `gap/three rounds in int8`
 
-The paper's numbers and ours stand in `experiments/README.md`.
+The paper's numbers and ours stand in `docs/results.md`.
 """
 
 import importlib
