@@ -255,7 +255,8 @@ def said_in(wire, tree, toward_zero=False):
     def said(x):
         nearest = x.astype(jnp.dtype(wire))
         further = np.abs(nearest.astype(np.float64)) > np.abs(x)  # than x from zero
-        bits = nearest.view(np.uint16) - (further & toward_zero).astype(np.uint16)
+        whole = np.dtype(f"u{nearest.dtype.itemsize}")
+        bits = nearest.view(whole) - (further & toward_zero).astype(whole)
         return bits.view(jnp.dtype(wire)).astype(np.float64)
 
     return jax.tree.map(said, tree)
