@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/fashion_mnist-$(shell date +%Y%m%d-%H%M%S)
 BIN := .venv/bin
 
-.PHONY: train test test-all lint format .venv
+.PHONY: train test test-tools test-all lint format .venv
 
 .venv: .venv/installed
 
@@ -18,10 +18,15 @@ train: .venv
 	JAX_NUM_CPU_DEVICES=8 $(BIN)/python experiments/train.py --config=experiments/configs/fashion_mnist.py --workdir=$(WORKDIR)
 
 test: .venv
-	$(BIN)/python -m pytest -n auto --maxprocesses=8 -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 -m "not slow and not tools"
 
+# What measures and what launches: needed where benchmarks/ or experiments/launch/ change.
+test-tools: .venv
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 -m "tools and not slow"
+
+# All tests, each compiled with all of XLA's optimization.
 test-all: .venv
-	$(BIN)/python -m pytest -n auto --maxprocesses=8
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n auto --maxprocesses=8
 
 lint: .venv
 	$(BIN)/ruff format --check --diff

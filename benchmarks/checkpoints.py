@@ -1,6 +1,6 @@
 """What saving costs: blocks of 50 steps of the default run, with and without a save, in alternation in one process.
 
-    JAX_NUM_CPU_DEVICES=8 python benchmarks/checkpoints.py --blocks 20
+    JAX_NUM_CPU_DEVICES=8 python -m benchmarks.checkpoints --blocks 20
 
 A block with a save begins with it, so that the copy to the host is in it and the writing behind it: the save must have
 ended within the block, else the block is as long as the save. The figure is the median over neighbouring blocks.
@@ -17,13 +17,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
-
 import crossover_jax as cj
 from experiments import data, program
 from experiments.checkpoint import Checkpoints
 from experiments.configs import fashion_mnist
-from experiments.resume import settings_of
+from experiments.resume import as_json
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,9 +38,9 @@ def main(argv: Sequence[str]) -> None:
         config.model.options = {}
     train_set = data.load(config.dataset.name, config.dataset.train_split, data_dir=args.data_dir)
     where = program.place_workers(config, jax.devices())
-    made = program.make_program(config, train_set, where, 10_000)
-    state = cj.copies(made.init, where, specs=made.specs)
-    batches = map(made.place_batch, program.train_batches(config, train_set, made.batch_part))
+    setup = program.make_program(config, train_set, where, 10_000)
+    state = cj.copies(setup.init, where, specs=setup.specs)
+    batches = map(setup.place_batch, program.train_batches(config, train_set, setup.batch_part))
     step, seconds, kinds = 0, {True: [], False: []}, itertools.cycle([True, False, False, True])
     with tempfile.TemporaryDirectory() as folder:
         saves = Checkpoints(pathlib.Path(folder), config.checkpoint.keep)
@@ -50,11 +48,11 @@ def main(argv: Sequence[str]) -> None:
             is_saving = next(kinds)
             began = time.perf_counter()
             if is_saving:
-                record = {"config": settings_of(config), "log": {"means": {"loss": [0.1] * 20}}, "made": {}}
+                record = {"config": as_json(config), "log": {"means": {"loss": [0.1] * 20}}, "provenance": {}}
                 saves.save(step, state, record)
             waiting = None
             for _ in range(args.steps):
-                state, metrics = made.step(state, next(batches), made.place_step(step))
+                state, metrics = setup.step(state, next(batches), setup.place_step(step))
                 jax.block_until_ready(waiting)  # one step late, as in train.py
                 waiting, step = metrics, step + 1
             jax.block_until_ready(state)

@@ -1,6 +1,6 @@
 """How far apart workers are driven by their own noise, by what they exchange: a linear model of momentum SGD.
 
-    python benchmarks/disagreement.py
+    python -m benchmarks.disagreement
 
 64 workers, m <- 0.9 m + noise, x <- x − m, then so many rounds of gossip of x and of m, each with one random shift of
 a pool of 12: the mean square of x_i − x̄ per coordinate, in a steady state, and what is sent, in float32 models a step.
@@ -10,14 +10,9 @@ much the same in many coordinates, for it lies along the directions in which the
 and "along it" is the mean square of a worker's mean over coordinates: what its loss feels.
 """
 
-import pathlib
-import sys
-
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-import crossover_jax as cj
+from crossover_jax.topology import latin
 
 WORKERS, COORDINATES, STEPS, BETA = 64, 1000, 400, 0.9
 INT8 = (1 + 4 / 256) / 4
@@ -25,7 +20,7 @@ MESSAGES = {"float32": (1, [(1, 0)]), "bfloat16": (0.5, [(2, 0), (1, 1)]), "int8
 
 
 def main() -> None:
-    pool = cj.latin(WORKERS, 12)
+    pool = latin(WORKERS, 12)
     matrices = [pool.matrix(p) for p in range(pool.num_rounds)]
     print("wire      rounds of x  of m   models sent   mean square")
     for wire, (size, choices) in MESSAGES.items():

@@ -1,9 +1,9 @@
 """What one GPU says: of a step beside a plain loop, of a round's packing, of simulated workers; and a pod's schedule.
 
-    python benchmarks/gpu.py images     # ResNet-50 in bfloat16: our step with one worker, and a loop of flax and optax
-    python benchmarks/gpu.py pack       # a round on ResNet-50's leaves where one device hears itself, beside a copy
-    python benchmarks/gpu.py simulated  # 64 workers of a ResNet-20 on one device, beside one model on all their images
-    python benchmarks/gpu.py schedule   # the step of `mix_during` compiled for 2 x 8 H100s: needs jax[cuda12], no GPU
+    python -m benchmarks.gpu images     # ResNet-50 in bfloat16: our step with one worker, and a loop of flax and optax
+    python -m benchmarks.gpu pack       # a round on ResNet-50's leaves where one device hears itself, beside a copy
+    python -m benchmarks.gpu simulated  # 64 workers of a ResNet-20 on one device, beside one model on all their images
+    python -m benchmarks.gpu schedule   # the step of `mix_during` compiled for 2 x 8 H100s: needs jax[cuda12], no GPU
 
 Random images lie on the device. Loops take turns of `--each` steps, sent one after the other and waited for together; a
 ratio is of images per second to the first line's in the same turn, and the figures are medians. Without an accelerator
@@ -21,14 +21,11 @@ import ast
 import contextlib
 import functools
 import itertools
-import pathlib
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +39,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, schedule
-from crossover_jax.plan import as_table
+from crossover_jax import topology
+from crossover_jax.text import as_table
 from experiments import data, models, program
-from experiments.algorithms import make_optimizer
+from experiments.compiled import collectives, schedule
 from experiments.configs import fashion_mnist
+from experiments.optimizers import make_optimizer
+from experiments.settings import check_settings
 
 NO_ACCELERATOR = "JAX finds no accelerator here; --platform=cpu measures the CPU instead."
 NO_COMPILER = "this jaxlib cannot compile for GPUs: install jax[cuda12], which needs no GPU for it."
@@ -111,62 +110,62 @@ class Loop:
         return (time.perf_counter() - began) / count
 
 
-def alternated(loops: Sequence[Loop], turns: int, each: int) -> list[tuple[float, ...]]:
+def take_turns(loops: Sequence[Loop], turns: int, each: int) -> list[tuple[float, ...]]:
     """Seconds of a step, by loop and turn; a turn before them, longer by a step, is to compile and to warm up."""
     for loop in loops:
         loop.turn(each + 1)
     return list(zip(*([loop.turn(each) for loop in loops] for _ in range(turns)), strict=True))
 
 
-def report(device: jax.Device, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def as_text(device: jax.Device, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"{device.device_kind} ({device.platform}), JAX {jax.__version__}\n{as_table(header, rows)}"
 
 
-def compared(loops: dict[str, Loop], images: int, args: argparse.Namespace) -> str:
+def compare(loops: dict[str, Loop], images: int, args: argparse.Namespace) -> str:
     """A line for each loop of so many images a step."""
-    seconds = alternated(list(loops.values()), args.turns, args.each)
+    seconds = take_turns(list(loops.values()), args.turns, args.each)
     rows = []
     for name, own in zip(loops, seconds, strict=True):
         ratios, median = [a / b for a, b in zip(seconds[0], own, strict=True)], statistics.median(own)
         rates = (f"{statistics.median(ratios):.3f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}")
         rows.append((name, f"{1e3 * median:.2f}", f"{images / median:.0f}", *rates))
-    return report(jax.devices()[0], ("", "ms", "images/s", "ratio", "from", "to"), rows)
+    return as_text(jax.devices()[0], ("", "ms", "images/s", "ratio", "from", "to"), rows)
 
 
-def configured(args: argparse.Namespace, workers: int, examples: int, **algorithm: Any) -> ml_collections.ConfigDict:
+def make_config(args: argparse.Namespace, workers: int, examples: int, **keys: Any) -> ml_collections.ConfigDict:
     config = fashion_mnist.get_config()
     config.num_workers, config.batch_size = workers, workers * examples
     config.eval_batch_size = config.batch_size
     config.dataset.name, config.model.name = args.dataset, args.model
     config.model.options = ml_collections.ConfigDict(args.options)
-    config.algorithm.update(algorithm)
-    program.check_settings(config)
+    config.update(keys)
+    check_settings(config)
     return config
 
 
-def random_batch(dataset: data.Dataset, examples: int) -> dict[str, np.ndarray]:
+def make_batch(dataset: data.Dataset, examples: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     image = rng.integers(256, size=(examples, *dataset.image_shape), dtype=np.uint8)
     return {"image": image, "label": rng.integers(dataset.num_classes, size=examples, dtype=np.int32)}
 
 
-def ours(config: ml_collections.ConfigDict) -> Loop:
+def make_library_loop(config: ml_collections.ConfigDict) -> Loop:
     """The step of `train.py`: one worker on a mesh of one device, more of them simulated."""
     dataset = data.describe(config.dataset.name)
     config.simulate = "no" if config.num_workers == 1 else "yes"
     where = program.place_workers(config, jax.devices()[:1])
-    made = program.make_program(config, dataset, where, 1000)
-    batch = random_batch(dataset, config.batch_size)
-    placed = made.place_batch({k: x.reshape(config.num_workers, -1, *x.shape[1:]) for k, x in batch.items()})
-    return Loop(lambda state, t: made.step(state, placed, made.place_step(t)), cj.copies(made.init, where))
+    setup = program.make_program(config, dataset, where, 1000)
+    batch = make_batch(dataset, config.batch_size)
+    placed = setup.place_batch({k: x.reshape(config.num_workers, -1, *x.shape[1:]) for k, x in batch.items()})
+    return Loop(lambda state, t: setup.step(state, placed, setup.place_step(t)), cj.copies(setup.init, where))
 
 
-def plain(config: ml_collections.ConfigDict) -> Loop:
+def make_plain_loop(config: ml_collections.ConfigDict) -> Loop:
     """The same model, optimizer and batch without workers, axes or any metric but the loss."""
     dataset = data.describe(config.dataset.name)
-    graphdef, params, statistics = built(dataset, config.model.name, config.model.options)
-    optimizer = make_optimizer(config.optimizer, 1000)
-    placed = jax.device_put(random_batch(dataset, config.batch_size))
+    graphdef, params, statistics = build_model(dataset, config.model.name, config.model.options)
+    optimizer = make_optimizer(config, 1000)
+    placed = jax.device_put(make_batch(dataset, config.batch_size))
 
     def loss(params, statistics, batch):
         model = nnx.merge(graphdef, params, statistics, copy=True)
@@ -184,92 +183,95 @@ def plain(config: ml_collections.ConfigDict) -> Loop:
     return Loop(lambda state, t: step(state, placed), (params, statistics, optimizer.init(params)))
 
 
-def built(dataset: data.Dataset, name: str, options: Mapping[str, Any]) -> tuple[nnx.GraphDef, Any, Any]:
+def build_model(dataset: data.Dataset, name: str, options: Mapping[str, Any]) -> tuple[nnx.GraphDef, Any, Any]:
     shape = {"num_classes": dataset.num_classes, "image_shape": dataset.image_shape}
     return models.build(name, **shape, seed=0, **options)
 
 
-def images(args: argparse.Namespace) -> str:
-    config = functools.partial(configured, args, 1, args.examples)
-    loops = {"plain": plain(config())}
-    loops |= {f"ours, {name}": ours(config(name=name)) for name in ("alone", "allreduce")}
-    return compared(loops, args.examples, args)
+def compare_images(args: argparse.Namespace) -> str:
+    config = functools.partial(make_config, args, 1, args.examples)
+    loops = {"plain": make_plain_loop(config())}
+    loops |= {f"ours, {name}": make_library_loop(config(algorithm=name)) for name in ("alone", "allreduce")}
+    return compare(loops, args.examples, args)
 
 
-def simulated(args: argparse.Namespace) -> str:
+def compare_simulated(args: argparse.Namespace) -> str:
     total = args.workers * args.examples
-    loops = {"one model": ours(configured(args, 1, total, name="alone"))}
+    loops = {"one model": make_library_loop(make_config(args, 1, total, algorithm="alone"))}
     for name in ("alone", "crossover"):
-        loops[f"{args.workers} workers, {name}"] = ours(configured(args, args.workers, args.examples, name=name))
-    return compared(loops, total, args)
+        loops[f"{args.workers} workers, {name}"] = make_library_loop(
+            make_config(args, args.workers, args.examples, algorithm=name)
+        )
+    return compare(loops, total, args)
 
 
-def pack(args: argparse.Namespace) -> str:
-    shapes = jax.eval_shape(lambda: built(data.describe(args.dataset), args.model, args.options)[1])
+def measure_packing(args: argparse.Namespace) -> str:
+    shapes = jax.eval_shape(lambda: build_model(data.describe(args.dataset), args.model, args.options)[1])
     num_bytes = sum(4 * x.size for x in jax.tree.leaves(shapes))
     mesh = cj.make_mesh(1, devices=jax.devices()[:1])
     mixes: dict[str, cj.Mix] = {"copy": lambda x, t: x + 1}
     for wire in ("float32", "bfloat16", "int8"):
-        mixes[f"round in {wire}"] = home(args.segments, wire)
+        mixes[f"round in {wire}"] = make_round_to_oneself(args.segments, wire)
     loops = []
     for name, mix in mixes.items():
         one = jax.ShapeDtypeStruct((num_bytes // 4,), np.float32) if name == "copy" else shapes
         state = cj.copies(lambda one=one: jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), one), mesh)
-        run = cj.per_worker(repeated(mix, args.rounds), mesh)
+        run = cj.per_worker(repeat(mix, args.rounds), mesh)
         loops.append(Loop(lambda state, t, run=run: (run(state), None), state))
-    copy, *_ = medians = [statistics.median(own) / args.rounds for own in alternated(loops, args.turns, 1)]
+    copy, *_ = medians = [statistics.median(own) / args.rounds for own in take_turns(loops, args.turns, 1)]
     rows = [
         (name, f"{1e3 * own:.4f}", f"{2 * num_bytes / own / 1e9:.1f}", f"{own / copy:.2f}")
         for name, own in zip(mixes, medians, strict=True)
     ]
     leaves = f"{num_bytes} bytes in {len(jax.tree.leaves(shapes))} leaves"
-    return report(mesh.devices.flat[0], (leaves, "ms", "GB/s, as one pass", "passes"), rows)
+    return as_text(mesh.devices.flat[0], (leaves, "ms", "GB/s, as one pass", "passes"), rows)
 
 
-def home(segments: int, wire: str) -> cj.Mix:
+def make_round_to_oneself(segments: int, wire: str) -> cj.Mix:
     """A round on `segments` channels in which the only worker hears itself."""
-    pool = cj.Pool.from_peers(np.zeros((segments, 1, 1), int), 0.5)
-    return cj.gossip(pool, cj.shuffle(segments, segments), cj.by_size(segments), wire=wire)
+    pool = topology.Pool.from_peers(np.zeros((segments, 1, 1), int), 0.5)
+    return cj.gossip(pool, cj.by_size(segments), wire=wire)
 
 
-def repeated(mix: cj.Mix, count: int) -> Callable[[Any], Any]:
+def repeat(mix: cj.Mix, count: int) -> Callable[[Any], Any]:
     return lambda tree: lax.fori_loop(0, count, lambda t, tree: mix(tree, t), tree)
 
 
-def compiled(args: argparse.Namespace) -> str:
+def count_in_flight(args: argparse.Namespace) -> str:
     workers = args.hosts * args.gpus
-    devices = described(args)
-    config = configured(args, workers, args.examples, name="crossover", during=True)
+    devices = describe_gpus(args)
+    config = make_config(args, workers, args.examples, crossover={"during": True})
     mesh = cj.make_mesh(workers, devices=devices)
     dataset = data.describe(args.dataset)
-    made = program.make_program(config, dataset, mesh, 1000)
-    state = cj.abstract_copies(made.init, mesh, specs=made.specs)
+    setup = program.make_program(config, dataset, mesh, 1000)
+    state = cj.abstract_copies(setup.init, mesh, specs=setup.specs)
     batch = cj.abstract_copies(data.batch_shapes(dataset, args.examples), mesh)
     step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
     limit = {} if args.platform else {"xla_gpu_experimental_parallel_collective_overlap_limit": args.in_flight}
-    text = made.step.lower(state, batch, step).compile(compiler_options=limit).as_text() or ""
+    text = setup.step.lower(state, batch, step).compile(compiler_options=limit).as_text() or ""
     header = (f"in flight, of {collectives(text)['collective-permute']} permutes", "products")
-    return report(devices[0], header, beside(schedule(text)))
+    return as_text(devices[0], header, products_in_flight(schedule(text)))
 
 
-def described(args: argparse.Namespace) -> list[jax.Device]:
+def describe_gpus(args: argparse.Namespace) -> list[jax.Device]:
     """GPUs that are not here, or virtual devices of this CPU. Raises `RuntimeError` where JAX cannot describe GPUs."""
     count = args.hosts * args.gpus
     if args.platform:
         with contextlib.suppress(RuntimeError):  # where JAX is in use already, what there is must do
             jax.config.update("jax_num_cpu_devices", count)
         return jax.devices()[:count]
-    topology = {"topology": f"1x{args.hosts}x{args.gpus}", "target_config": H100}
+    pod = {"topology": f"1x{args.hosts}x{args.gpus}", "target_config": H100}
     try:
-        return list(topologies.get_topology_desc(platform="cuda", **topology).devices)
+        return list(topologies.get_topology_desc(platform="cuda", **pod).devices)
     except NotImplementedError:
         raise RuntimeError(NO_COMPILER) from None
 
 
-def beside(order: Sequence[str]) -> list[tuple[str, ...]]:
+def products_in_flight(order: Sequence[str]) -> list[tuple[str, ...]]:
     """How many permutes are in flight, and how many products run until that changes.
 
-    >>> beside(["matmul", "collective-permute-start", "matmul", "fusion", "matmul", "collective-permute-done"])
+    >>> start, done = "collective-permute-start", "collective-permute-done"
+    >>> products_in_flight(["matmul", start, "matmul", "fusion", "matmul", done])
     [('0', '1'), ('1', '2')]
     """
     change = {"collective-permute-start": 1, "collective-permute-done": -1}
@@ -278,7 +280,12 @@ def beside(order: Sequence[str]) -> list[tuple[str, ...]]:
     return [(str(n), str(len(list(run)))) for n, run in itertools.groupby(products)]
 
 
-WHAT = {"images": images, "pack": pack, "simulated": simulated, "schedule": compiled}
+WHAT = {
+    "images": compare_images,
+    "pack": measure_packing,
+    "simulated": compare_simulated,
+    "schedule": count_in_flight,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -1,18 +1,14 @@
 """How to take eight simulated workers' gradients of a small ResNet on one CPU device: vmap, lax.map or unrolled.
 
-python benchmarks/simulated_convolutions.py
+python -m benchmarks.simulated_convolutions
 """
 
-import pathlib
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from experiments import models
 

@@ -1,8 +1,8 @@
 """What a training step takes by each algorithm, beside the same step with communication off, and what it holds.
 
-    python benchmarks/step.py --workers 64 --model resnet20
-    python benchmarks/step.py --workers 64 --model mlp --options "{'hidden': (256,)}"
-    python benchmarks/step.py --workers 8 --devices 8
+    python -m benchmarks.step --workers 64 --model resnet20
+    python -m benchmarks.step --workers 64 --model mlp --options "{'hidden': (256,)}"
+    python -m benchmarks.step --workers 8 --devices 8
 
 Workers are simulated on one device or, with `--devices`, on virtual devices of this CPU. The steps are those of
 `train.py`, on random images. Steps of all algorithms alternate; a ratio is to the step without communication of the
@@ -13,37 +13,35 @@ workers' parameters, optimizer and batch.
 import argparse
 import ast
 import functools
-import pathlib
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
 import jax
 import numpy as np
 
 import crossover_jax as cj
-from crossover_jax.plan import as_table
+from crossover_jax.text import as_table
 from experiments import data, program
 from experiments.configs import fashion_mnist
+from experiments.settings import check_settings
 
 OFF = "communication off"
 ARMS: dict[str, dict[str, Any]] = {
-    OFF: {"name": "alone"},
-    "allreduce": {"name": "allreduce"},
-    "d_psgd": {"name": "d_psgd"},
-    "sgp": {"name": "sgp"},
+    OFF: {"algorithm": "alone"},
+    "allreduce": {"algorithm": "allreduce"},
+    "d_psgd": {"algorithm": "d_psgd"},
+    "sgp": {"algorithm": "sgp"},
     "crossover": {},
-    "crossover, during": {"during": True},
-    "crossover by rows": {"cut": "rows", "in_flight": 1},
-    "crossover in bfloat16": {"wire": "bfloat16"},
-    "crossover in int8": {"wire": "int8"},
-    "three rounds in int8": {"wire": "int8", "rounds": 3},
-    "crossover_phases": {"name": "crossover_phases"},
-    "crossover_paper": {"name": "crossover_paper"},
+    "crossover, during": {"crossover.during": True},
+    "crossover by rows": {"crossover.cut": "rows", "crossover.in_flight": 1},
+    "crossover in bfloat16": {"crossover.wire": "bfloat16"},
+    "crossover in int8": {"crossover.wire": "int8"},
+    "three rounds in int8": {"crossover.wire": "int8", "crossover.rounds": 3},
+    "crossover_phases": {"algorithm": "crossover_phases"},
+    "crossover_paper": {"algorithm": "crossover_paper"},
 }
 
 
@@ -64,15 +62,15 @@ def main(argv: Sequence[str]) -> None:
     if args.devices > 1:
         jax.config.update("jax_num_cpu_devices", args.devices)
     try:
-        print(as_table(("", "ms", "ratio", "from", "to", "beside the state"), measured(names, args)))
+        print(as_table(("", "ms", "ratio", "from", "to", "beside the state"), measure(names, args)))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
-def measured(names: Sequence[str], args: argparse.Namespace) -> list[tuple[str, ...]]:
+def measure(names: Sequence[str], args: argparse.Namespace) -> list[tuple[str, ...]]:
     """A line for each arm."""
     names = list(dict.fromkeys([OFF, *names]))
-    runs = [prepared(name, args) for name in names]
+    runs = [prepare(name, args) for name in names]
     seconds: list[list[float]] = [[] for _ in names]
     for t in range(args.steps + 1):  # the first is to warm up
         for own, run in zip(seconds, runs, strict=True):
@@ -89,10 +87,10 @@ def measured(names: Sequence[str], args: argparse.Namespace) -> list[tuple[str, 
 class Run:
     """A compiled step with its state and its batch in place."""
 
-    def __init__(self, made: program.Program, where: Any, batch: Any):
-        self._batch, self._place = made.place_batch(batch), made.place_step
-        self._state = cj.copies(made.init, where, specs=made.specs)
-        self._step = made.step.lower(self._state, self._batch, self._place(0)).compile()
+    def __init__(self, setup: program.Program, where: Any, batch: Any):
+        self._batch, self._place = setup.place_batch(batch), setup.place_step
+        self._state = cj.copies(setup.init, where, specs=setup.specs)
+        self._step = setup.step.lower(self._state, self._batch, self._place(0)).compile()
         memory = self._step.memory_analysis()
         assert memory is not None
         self.temporary = memory.temp_size_in_bytes
@@ -105,23 +103,23 @@ class Run:
         return time.perf_counter() - began
 
 
-def prepared(name: str, args: argparse.Namespace) -> Run:
+def prepare(name: str, args: argparse.Namespace) -> Run:
     config = fashion_mnist.get_config()
     config.num_workers, config.batch_size = args.workers, args.workers * args.examples
     config.eval_batch_size = config.batch_size
     config.dataset.name = args.dataset
     config.model.name = args.model
     config.model.options = type(config.model.options)(args.options)
-    config.algorithm.update(ARMS[name])
-    program.check_settings(config)
+    config.update_from_flattened_dict(ARMS[name])
+    check_settings(config)
     dataset = data.describe(args.dataset)
     where = program.place_workers(config, jax.devices()[: args.devices])
-    made = program.make_program(config, dataset, where, num_steps=1000)
-    return Run(made, where, images(dataset, args.workers, args.examples))
+    setup = program.make_program(config, dataset, where, num_steps=1000)
+    return Run(setup, where, make_images(dataset, args.workers, args.examples))
 
 
 @functools.cache
-def images(dataset: data.Dataset, workers: int, examples: int) -> dict[str, np.ndarray]:
+def make_images(dataset: data.Dataset, workers: int, examples: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     image = rng.integers(256, size=(workers, examples, *dataset.image_shape), dtype=np.uint8)
     return {"image": image, "label": rng.integers(dataset.num_classes, size=(workers, examples), dtype=np.int32)}

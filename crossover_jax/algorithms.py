@@ -1,5 +1,6 @@
 """How an exchange meets the optimizer: `Algorithm`, in the spirit of `optax.GradientTransformation`."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crossover_jax.cuts import travels, widened
-from crossover_jax.mixing import Mix, average, every
-
-PyTree = Any
+from crossover_jax.axes import highest
+from crossover_jax.deprecated import renames
+from crossover_jax.guard import depends_on_arguments
+from crossover_jax.leaves import PyTree, flatten, travels, widened
+from crossover_jax.mixing import AnyMix, Mix, as_mix, average, every
 
 
 def _params_as_they_are(params: PyTree, state: PyTree) -> PyTree:
@@ -23,8 +25,10 @@ class Algorithm(NamedTuple):
 
     `init(params) -> state` makes the state, the optimizer's inside. `update(grads, state, params, step, **extra) ->
     (params, state)` does optimizer and communication, in their order; `extra` goes to the optimizer (a loss, say).
-    `model(params, state) -> params` is what loss and evaluation see; it is the identity but for push-sum, whose
-    parameters are biased by its weights.
+    `model(params, state) -> params` is what loss and evaluation see: the identity, but push-sum takes its weights out.
+
+    A worker whose own step is not finite keeps its parameters and takes part in the exchange with them, so that no
+    message is bad and the sum over workers holds.
     """
 
     init: Callable[[PyTree], PyTree]
@@ -32,8 +36,73 @@ class Algorithm(NamedTuple):
     model: Callable[[PyTree, PyTree], PyTree] = _params_as_they_are
 
 
-def mix_after(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
+def apply_if_finite(
+    params: PyTree, updates: PyTree, new: PyTree, old: PyTree, *, onto: PyTree = None, sent: PyTree = ()
+) -> tuple[PyTree, PyTree]:
+    """`(onto + updates, new state)`, or `onto` and the `old` state where the step would spoil what is sent.
+
+    `onto` is what became of the parameters, by default themselves; `sent` is what of the new state travels too.
+    Counters of the new state are kept all the same: a schedule goes on, and they stay equal on all workers.
+    """
+    onto = params if onto is None else onto
+    # Not of `onto`: an exchange that this had to wait for could not hide behind the gradient.
+    looked_at = [_step_of(x, u) for x, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True)]
+    looked_at = [x for x in (*looked_at, *jax.tree.leaves(sent)) if travels(x)]
+    # One answer for the whole worker: a step of some layers only is one that no optimizer meant. By the largest
+    # magnitude, NaN if there is one: XLA:CPU takes twice as long to reduce booleans.
+    finite = [jnp.isfinite(jnp.max(jnp.abs(x), initial=0)) for x in looked_at]
+    ok = jnp.stack(finite).all() if finite else jnp.bool_(True)
+    return _choose(ok, optax.apply_updates(onto, updates), onto), _choose(ok, new, old)
+
+
+def _step_of(x: Any, update: Any) -> Any:
+    """The update, or, of narrow parameters, which may overflow by a step, what becomes of those that are finite."""
+    if not travels(x) or jnp.finfo(x.dtype).bits >= 32:
+        return update
+    return jnp.where(jnp.isfinite(x), x + update.astype(x.dtype), 0)
+
+
+def _choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(ok, x, y) if travels(x) else x, new, old)
+
+
+def init_of(optimizer: optax.GradientTransformation) -> Callable[[PyTree], PyTree]:
+    """The optimizer's `init`, which refuses one that moves parameters of its own: the workers' would drift apart."""
+
+    def init(params: PyTree) -> PyTree:
+        state = optimizer.init(params)
+        if kept := _kept_parameters(optimizer, params):
+            raise ValueError(
+                f"`optimizer` must not move parameters of its own, which would not travel, but {kept[0]!r} of its "
+                "state begins as the parameters: use `mix_with_momentum`, by which it travels too."
+            )
+        return state
+
+    return init
+
+
+def _kept_parameters(optimizer: optax.GradientTransformation, params: PyTree) -> list[str]:
+    """Names of the state's leaves that begin as the parameters and then go their own way."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    made, state = jax.make_jaxpr(optimizer.init, return_shape=True)(like)
+    copied = [i for i, depends in enumerate(depends_on_arguments(made.jaxpr)) if depends]
+    if not copied:
+        return []
+    try:
+        step = jax.make_jaxpr(lambda state, g, x: optimizer.update(g, state, x)[1])(state, like, like).jaxpr
+    except Exception:  # it wants more than gradients, or an axis: take it to move what it keeps
+        moved = copied
+    else:
+        moved = [i for i in copied if step.outvars[i] is not step.invars[i]]  # else it only remembers the first ones
+    names, leaves, _ = flatten(state)
+    return [names[i] for i in moved if travels(leaves[i])]
+
+
+def mix_after(optimizer: optax.GradientTransformation, mix: AnyMix) -> Algorithm:
     """Step, then mix: x <- W(x + u). "Adapt then combine", the order of Crossover-SGD and SGP.
+
+    `init` raises `ValueError` for an optimizer that moves parameters of its own (`optax.contrib.schedule_free`), since
+    only x travels: the workers' would drift apart for ever. See `mix_with_momentum`.
 
     >>> from crossover_jax import average
     >>> algorithm = mix_after(optax.sgd(1.0), average())
@@ -42,21 +111,21 @@ def mix_after(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
     >>> update(grads, algorithm.init(x), x, 0)[0].tolist()
     [0.5, 0.5, 0.5, 0.5]
     """
-
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(grads, state, params, step, **extra):
-        updates, state = optimizer.update(grads, state, params, **extra)
-        return mix(optax.apply_updates(params, updates), step), state
+        updates, new = optimizer.update(grads, state, params, **extra)
+        params, state = apply_if_finite(params, updates, new, state)
+        return mix(params, step), state
 
-    return Algorithm(optimizer.init, update)
+    return Algorithm(init_of(optimizer), update)
 
 
-def mix_during(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
+def mix_during(optimizer: optax.GradientTransformation, mix: AnyMix) -> Algorithm:
     """Mix while the gradient is taken: x <- W x + u. The exchange needs nothing of this step, so it can hide behind it.
 
-    The price is disagreement: in the noise-driven linear model, with one peer at a share of ½, its mean square is about
-    twice that of `mix_after`.
+    The price is disagreement: driven by noise, with one peer at a share of ½, its mean square is about twice that of
+    `mix_after`. Warns where the mix compiles to a conditional, behind which nothing can hide.
 
     >>> from crossover_jax import average
     >>> algorithm = mix_during(optax.sgd(1.0), average())
@@ -65,52 +134,86 @@ def mix_during(optimizer: optax.GradientTransformation, mix: Mix) -> Algorithm:
     >>> update(grads, algorithm.init(x), x, 0)[0].tolist()
     [0.0, -1.0, -2.0, -3.0]
     """
-
     optimizer = optax.with_extra_args_support(optimizer)
+    if not as_mix(mix).can_overlap:
+        warnings.warn(
+            "`mix` compiles to a conditional, so `mix_during` hides nothing of it: use `mix_after`, or a mix without "
+            "one (`by_size`, and a pool whose size divides the number of segments; not `every`).",
+            stacklevel=2,
+        )
 
     def update(grads, state, params, step, **extra):
-        updates, state = optimizer.update(grads, state, params, **extra)
-        return optax.apply_updates(mix(params, step), updates), state
+        updates, new = optimizer.update(grads, state, params, **extra)
+        return apply_if_finite(params, updates, new, state, onto=mix(params, step))
 
-    return Algorithm(optimizer.init, update)
+    return Algorithm(init_of(optimizer), update)
 
 
-def mix_all(optimizer: optax.GradientTransformation, mix: Mix, of_momentum: Mix | None = None) -> Algorithm:
+@renames(of_momentum="momentum_mix")
+def mix_with_momentum(
+    optimizer: optax.GradientTransformation, mix: AnyMix, momentum_mix: AnyMix | None = None
+) -> Algorithm:
     """Step, then mix parameters and momentum: x <- W(x + u), m <- V m, at twice the bytes of `mix_after`.
 
-    Whatever the optimizer keeps in the shape of the parameters travels along, by `of_momentum` or by the same `mix`:
+    Whatever the optimizer keeps in the shape of the parameters travels along, by `momentum_mix` or by the same `mix`:
     workers that share their momentum disagree less, for what drives them apart is what their own momentum remembers.
-    With `gossip(..., wire="bfloat16")` both together are the bytes of one float32 model.
-
-    `init` raises `ValueError` where the optimizer keeps nothing of that shape.
+    Of an optimizer behind `optax.masked` or `optax.multi_transform` that is the momentum of the parameters it trains.
+    With `gossip(..., wire="bfloat16")` both together are the bytes of one float32 model. `init` raises `ValueError`
+    where the optimizer keeps nothing of that shape.
 
     >>> from crossover_jax import average
-    >>> algorithm = mix_all(optax.sgd(1.0, momentum=0.5), average())
+    >>> algorithm = mix_with_momentum(optax.sgd(1.0, momentum=0.5), average())
     >>> x, grads = jnp.zeros(4), jnp.arange(4.0)
     >>> state = jax.vmap(algorithm.init)(x)
     >>> x, state = jax.vmap(algorithm.update, in_axes=(0, 0, 0, None), axis_name="worker")(grads, state, x, 0)
     >>> x.tolist(), state[0].trace.tolist()
     ([-1.5, -1.5, -1.5, -1.5], [1.5, 1.5, 1.5, 1.5])
     """
-    optimizer, of_momentum = optax.with_extra_args_support(optimizer), of_momentum or mix
-
-    def is_like(params: PyTree) -> Callable[[PyTree], bool]:
-        shapes, structure = [x.shape for x in jax.tree.leaves(params)], jax.tree.structure(params)
-        return lambda x: jax.tree.structure(x) == structure and [y.shape for y in jax.tree.leaves(x)] == shapes
+    optimizer, momentum_mix = optax.with_extra_args_support(optimizer), momentum_mix or mix
 
     def init(params):
-        state, is_momentum = optimizer.init(params), is_like(params)
-        if not any(map(is_momentum, jax.tree.leaves(state, is_leaf=is_momentum))):
-            raise ValueError("`optimizer` must keep momentum in the shape of the parameters, this one keeps none.")
+        state = optimizer.init(params)
+        if not _momenta(state, params):
+            raise ValueError(
+                "`optimizer` must keep momentum in the shape of the parameters that it trains, this one keeps none: "
+                "use `mix_after`."
+            )
         return state
 
     def update(grads, state, params, step, **extra):
-        is_momentum = is_like(params)
-        updates, state = optimizer.update(grads, state, params, **extra)
-        state = jax.tree.map(lambda x: of_momentum(x, step) if is_momentum(x) else x, state, is_leaf=is_momentum)
-        return mix(optax.apply_updates(params, updates), step), state
+        updates, new = optimizer.update(grads, state, params, **extra)
+        params, state = apply_if_finite(params, updates, new, state, sent=_momenta(new, params))
+        is_momentum = _is_like(params)
+        state = jax.tree.map(lambda x: momentum_mix(x, step) if is_momentum(x) else x, state, is_leaf=is_momentum)
+        return mix(params, step), state
 
     return Algorithm(init, update)
+
+
+def _momenta(state: PyTree, params: PyTree) -> list[PyTree]:
+    is_momentum = _is_like(params)
+    return [x for x in jax.tree.leaves(state, is_leaf=is_momentum) if is_momentum(x)]
+
+
+def _is_like(params: PyTree) -> Callable[[PyTree], bool]:
+    """Whether a part of a state has the shapes of the parameters, or of those that a mask leaves."""
+
+    def is_masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    def fits(x: Any, below: Any) -> bool:
+        return not is_masked(x) and jax.tree_util.all_leaves([below]) and jnp.shape(x) == jnp.shape(below)
+
+    def is_like(x: PyTree) -> bool:
+        try:  # a masked part of the state stands for all parameters below it
+            parts = jax.tree.map(
+                lambda x, below: None if is_masked(x) else fits(x, below), x, params, is_leaf=is_masked
+            )
+        except (TypeError, ValueError):
+            return False
+        return bool(jax.tree.leaves(parts)) and all(jax.tree.leaves(parts))
+
+    return is_like
 
 
 class RelativeState(NamedTuple):
@@ -118,65 +221,73 @@ class RelativeState(NamedTuple):
     reference: PyTree  # like the parameters, the same on all workers
 
 
-def mix_relative(
-    optimizer: optax.GradientTransformation, mix: Mix, renew: int, axis: str = "worker", *, specs: PyTree = None
-) -> Algorithm:
+@renames(renew="renew_every", axis=None, specs=None)
+def mix_relative(optimizer: optax.GradientTransformation, mix: AnyMix, renew_every: int) -> Algorithm:
     """Step x <- x + u, then mix how it differs from a reference that all share: x <- x + (W d − d), d = x − r.
 
     In exact arithmetic this is `mix_after`. A narrow wire, `gossip(..., wire="int8")`, rounds to a part of the largest
     of 256 values that it is given, and so of how far the workers are from r, not of how large parameters are: they can
-    agree more closely. After each `renew` steps r becomes the average of the workers, by an all-reduce; it begins as
-    the parameters, which must be the same on all workers. `specs` tells how leaves lie inside a worker, as in `gossip`.
+    agree more closely. After each `renew_every` steps r becomes the average of the workers, by an all-reduce of the
+    leaves that `mix` lets travel; it begins as the parameters, which must be the same on all workers.
 
-    Raises `ValueError` for `renew` below 1. Holds one more copy of the parameters; differences of narrower parameters
-    than float32 travel as float32, or as the wire says.
+    Raises `ValueError` for `renew_every` below 1. Differences of parameters narrower than float32 travel as float32, or
+    as the wire says. Where a loop restores one worker's state, its reference is an old one until the next renewal: the
+    sum over workers still holds, its agreement does not.
 
     >>> from crossover_jax import average
-    >>> algorithm = mix_relative(optax.sgd(1.0), average(), renew=1)
+    >>> algorithm = mix_relative(optax.sgd(1.0), average(), renew_every=1)
     >>> x, grads = jnp.zeros(4), jnp.arange(4.0)
     >>> state = jax.vmap(algorithm.init)(x)
     >>> x, state = jax.vmap(algorithm.update, in_axes=(0, 0, 0, None), axis_name="worker")(grads, state, x, 0)
     >>> x.tolist(), state.reference.tolist()
     ([-1.5, -1.5, -1.5, -1.5], [-1.5, -1.5, -1.5, -1.5])
     """
-    optimizer, mean = optax.with_extra_args_support(optimizer), average(axis, specs=specs)
-    renewed = every(renew, lambda pair, step: (pair[0], mean(pair[0], step)), axis)
+    if renew_every < 1:
+        raise ValueError(f"`renew_every` must be at least 1, got {renew_every}.")
+    optimizer, mix = optax.with_extra_args_support(optimizer), as_mix(mix)
+    first = init_of(optimizer)
+    mean = average(mix.axis, leaves=mix.leaves, specs=mix.specs)
+    renewal = every(renew_every, Mix(lambda pair, step: (pair[0], mean(pair[0], step)), mix.axis))
 
     def init(params):
         # A buffer of its own: a loop that donates parameters and state would donate theirs twice.
         reference = jax.tree.map(lambda x: jnp.copy(x) if travels(x) else x, params)
-        return RelativeState(optimizer.init(params), reference)
+        return RelativeState(first(params), reference)
 
     def update(grads, state, params, step, **extra):
-        updates, inner = optimizer.update(grads, state.optimizer, params, **extra)
-        params = optax.apply_updates(params, updates)
+        updates, new = optimizer.update(grads, state.optimizer, params, **extra)
+        params, new = apply_if_finite(params, updates, new, state.optimizer)
         differences = jax.tree.map(lambda x, r: _difference(x, r) if travels(x) else x, params, state.reference)
         mixed = mix(differences, step)
         # Not r + W d: what stays at home does so bit for bit.
         params = jax.tree.map(
-            lambda x, d, m: (x + (m - d)).astype(x.dtype) if travels(x) else x, params, differences, mixed
+            lambda x, d, m: (x.astype(d.dtype) + (m - d)).astype(x.dtype) if travels(x) else x,
+            params,
+            differences,
+            mixed,
         )
-        _, reference = renewed((params, state.reference), step)
-        return params, RelativeState(inner, reference)
+        _, reference = renewal((params, state.reference), step)
+        return params, RelativeState(new, reference)
 
     return Algorithm(init, update)
 
 
-def average_grads(optimizer: optax.GradientTransformation, axis: str = "worker", *, specs: PyTree = None) -> Algorithm:
-    """Synchronous data parallelism, AllReduce-SGD: every worker steps with the gradient averaged over all workers.
+def average_grads(
+    optimizer: optax.GradientTransformation, axis: str | None = None, *, specs: PyTree = None
+) -> Algorithm:
+    """AllReduce-SGD: every worker steps with the gradient averaged over all workers, synchronous data parallelism.
 
-    `specs` tells how gradients lie inside a worker of several devices, as in `gossip`.
+    `specs` is `gossip`'s, of gradients. One that is not finite makes the average so, and no worker steps.
 
     >>> algorithm, x, grads = average_grads(optax.sgd(1.0)), jnp.zeros(4), jnp.arange(4.0)
     >>> jax.vmap(lambda g, x: algorithm.update(g, algorithm.init(x), x, 0)[0], axis_name="worker")(grads, x).tolist()
     [-1.5, -1.5, -1.5, -1.5]
     """
-
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer, mean = optax.with_extra_args_support(optimizer), average(axis, specs=specs)
 
     def update(grads, state, params, step, **extra):
-        updates, state = optimizer.update(average(axis, specs=specs)(grads, step), state, params, **extra)
-        return optax.apply_updates(params, updates), state
+        updates, new = optimizer.update(mean(grads, step), state, params, **extra)
+        return apply_if_finite(params, updates, new, state)
 
     return Algorithm(optimizer.init, update)
 
@@ -187,19 +298,24 @@ class CountedState(NamedTuple):
 
 
 def as_optax(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
-    """The algorithm as an optimizer for an unchanged training loop: its updates are `new parameters - parameters`.
+    """The algorithm as the outermost, last transformation of an unchanged loop: updates are `new − old parameters`.
+
+    They contain the exchange: what is chained after it, or scales, clips or averages its updates, undoes it. Clipping,
+    schedules and weight decay belong into the optimizer that the algorithm is made of.
 
     The loop must run once per worker: wrap its step in `per_worker` (or an own `shard_map` or `vmap` with a named
-    axis); in a plain data-parallel `jit` there is only one copy of the parameters and nothing to mix.
-    `optax.apply_updates` adds the difference back, so float32 parameters are `algorithm.update`'s to the rounding of
-    the larger of old and new. Steps are counted in the optimizer's own state, which the type system takes to vary
-    between workers: exchanges at every step over channels work, `every` and a switch are refused.
+    axis). Updates have the parameters' dtypes, and lead to `algorithm.update`'s parameters up to the rounding of the
+    larger of old and new.
 
-    Transforms that skip updates by a condition (`optax.apply_if_finite`) go around the optimizer inside the algorithm,
-    never around `as_optax`: a worker that skips its update would send nothing, and all would wait for it for ever.
+    Steps are counted in the optimizer's state, and all workers take the highest count there is, one integer by an
+    all-reduce before the gradient: a loop may restore or reset one worker's state. `update(..., step=step)`, with one
+    step that all workers share, needs none. If the loop gives worker i its old parameters back after an exchange, the
+    average over workers moves by (x_i − Σ_j W[i, j] x_j) / n, a share of the workers' disagreement.
 
-    Raises `ValueError` for algorithms whose model is not their parameters (push-sum): the loop would take gradients at
-    biased values; and, in the step, if parameters are not passed to `update`.
+    What skips updates by a condition (`optax.apply_if_finite`) goes around the optimizer inside the algorithm: a worker
+    that skips `as_optax` sends nothing, and all would wait for it for ever. `per_worker` refuses it.
+
+    Raises `ValueError` for push-sum, whose loop needs `algorithm.model`, and in a step that passes no parameters.
 
     >>> from crossover_jax import crossover_sgd
     >>> tx = as_optax(crossover_sgd(optax.adam(1e-3), num_workers=8))
@@ -207,23 +323,28 @@ def as_optax(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
     0
     """
     if algorithm.model is not _params_as_they_are:
-        raise ValueError(
-            "`algorithm` must train its parameters as they are: push-sum needs `algorithm.model` in the loss."
-        )
+        raise ValueError("`algorithm` must train its parameters as they are: push-sum needs its `model` in the loss.")
 
     def init(params):
         return CountedState(algorithm.init(params), jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, **extra):
+    def update(updates, state, params=None, *, step=None, **extra):
         if params is None:
             raise ValueError("`params` must be passed to `update`, as `tx.update(grads, state, params)`, got None.")
-        new, inner = algorithm.update(updates, state.algorithm, params, state.count, **extra)
-        return jax.tree.map(_difference, new, params), CountedState(inner, state.count + 1)
+        step = highest(state.count) if step is None else step
+        new, inner = algorithm.update(updates, state.algorithm, params, step, **extra)
+        count = jnp.maximum(state.count, jnp.asarray(step, jnp.int32)) + 1
+        return jax.tree.map(_update_to, new, params), CountedState(inner, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _update_to(new: jax.Array, old: jax.Array) -> jax.Array:
+    if travels(new):
+        return _difference(new, old).astype(new.dtype)
+    return new - old if jnp.issubdtype(new.dtype, jnp.integer) else jnp.zeros_like(new)
+
+
 def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
-    """In float32 at least: a difference rounded to bfloat16 would not lead back to `new`."""
     wide = widened(new.dtype)
     return new.astype(wide) - old.astype(wide)

@@ -1,14 +1,9 @@
 """How far the workers are apart."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from crossover_jax.cuts import flatten, travels, widened
-
-PyTree = Any
+from crossover_jax.leaves import PyTree, flatten, is_key, travels, widened
 
 
 @jax.jit
@@ -30,37 +25,32 @@ def consensus_distance(tree: PyTree) -> jax.Array:
 
 
 @jax.jit
-def _first_that_differs(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """For each leaf whether a worker differs from worker 0, and the first that does."""
+def _first_that_differs(leaves: list[jax.Array]) -> list[jax.Array]:
+    """For each leaf the first worker that differs from worker 0, which is 0 itself if none does."""
 
-    def differs(x):
-        x = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    def first(x):
         same = (x == x[:1]) | ((x != x) & (x[:1] != x[:1]))  # NaN equals NaN
-        return jnp.any(~same, axis=tuple(range(1, x.ndim)))
+        return jnp.any(~same, axis=tuple(range(1, x.ndim))).argmax()
 
-    wrong = [differs(x) for x in leaves]
-    return jnp.stack([w.any() for w in wrong]), jnp.stack([w.argmax() for w in wrong])
+    return [first(x) for x in leaves]
 
 
 def check_copies(tree: PyTree) -> None:
     """Raise `ValueError` naming leaf and worker if the workers' copies are not equal.
 
-    Every leaf has a leading axis of workers.
+    Every leaf has a leading axis of workers. Random keys do not count: `copies` gives each worker its own.
 
     >>> check_copies({"w": jnp.ones((4, 2))})
     """
     names, leaves, _ = flatten(tree)
-    for name, leaf in zip(names, leaves, strict=True):
-        if not leaf.ndim:
+    alike = [(name, leaf) for name, leaf in zip(names, leaves, strict=True) if not is_key(leaf, leading=1)]
+    if bare := [name for name, leaf in alike if not leaf.ndim]:
+        raise ValueError(f"leaf {bare[0]!r} must have a leading axis of workers, got shape (): stack it with `copies`.")
+    # One program and one transfer for all leaves: a model has hundreds.
+    firsts = jax.device_get(_first_that_differs([leaf for _, leaf in alike]))
+    for (name, _), first in zip(alike, firsts, strict=True):
+        if first:
             raise ValueError(
-                f"leaf {name!r} must have a leading axis of workers, got shape (): stack it with `copies`."
+                f"the workers' copies must start equal, but leaf {name!r} of worker {first} differs "
+                "from worker 0's: initialise every worker from one seed, or with `copies`."
             )
-    if not leaves:
-        return
-    wrong, first = _first_that_differs(leaves)
-    if np.any(wrong):
-        leaf = int(np.argmax(wrong))
-        raise ValueError(
-            f"the workers' copies must start equal, but leaf {names[leaf]!r} of worker {first[leaf]} differs from "
-            "worker 0's: initialise every worker from one seed, or with `copies`."
-        )

@@ -7,10 +7,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-PyTree = Any
+from crossover_jax.leaves import PyTree, flatten, travels
 
 
 class Packing(NamedTuple):
@@ -55,8 +54,8 @@ class Cut:
         total = sum(_size(leaf) for leaf in leaves)
         if total and self.num_segments > total:
             raise ValueError(
-                f"`num_segments` must be at most the number of elements that travel (from each device), {total}, got "
-                f"{self.num_segments}."
+                f"`cut` must make at most as many segments as elements travel (from each device), {total}, but it "
+                f"makes {self.num_segments}: pass `cut=by_size(k)` with fewer, or `whole()`."
             )
         groups: dict[Any, list[int]] = {}
         for i, leaf in enumerate(leaves):
@@ -142,11 +141,8 @@ def by_rows(num_segments: int, *, align: int = 1024) -> Cut:
     """`num_segments` equal segments, each with an equal part of every large leaf: an exchange without packing.
 
     A leaf of at least `align` elements per segment is cut along its first dimension that `num_segments` divides; all
-    others are packed and cut `by_size`. Messages are taken from the leaves and averages written back to them: on TPUs,
-    with `in_flight=k`, an exchange needs little more memory than k messages and k answers (docs/scaling.md). On CPUs,
-    with `in_flight=1` and for workers simulated on one device, it takes less time than `by_size`
-    (docs/performance.md). Choose a number of segments that divides large leaves. Raises `ValueError` for fewer than one
-    segment or element.
+    others are packed and cut `by_size`. With `in_flight=k` it needs the least memory on TPUs (docs/scaling.md), and
+    with 1 the least time on CPUs (docs/performance.md). Raises `ValueError` for fewer than one segment or element.
 
     >>> cut = by_rows(2, align=2)
     >>> cut.segment_of({"w": np.zeros((4, 2)), "b": np.zeros(3)})["w"].tolist()
@@ -160,9 +156,7 @@ def by_module(tree: PyTree, depth: int | Callable[[str], str] = 1) -> Cut:
 
     `tree` is the tree that will travel (arrays, or their shapes). Instead of a depth, a function of a leaf's name,
     "layer1/0/conv1/kernel", may return the name of its segment; segments are numbered in the order of the leaves.
-    The paper cuts ResNet-50 into 18 such segments ("fine") or 6 ("coarse"). Raises `ValueError` for a depth below 1.
-
-    Reference: Crossover-SGD, arXiv:2012.15198, segment-wise model exchange.
+    Raises `ValueError` for a depth below 1. Reference: Crossover-SGD, arXiv:2012.15198, segment-wise model exchange.
 
     >>> params = {"stem": {"kernel": np.zeros(3)}, "head": {"kernel": np.zeros(2), "bias": np.zeros(1)}}
     >>> cut = by_module(params)
@@ -186,29 +180,6 @@ def by_module(tree: PyTree, depth: int | Callable[[str], str] = 1) -> Cut:
         return modules[module_of(name)]
 
     return Cut(len(modules), segment_of_name)
-
-
-def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
-    """Names "layers/0/kernel", leaves and structure of a tree; flax.nnx's trailing "value" is dropped."""
-    paths, treedef = jax.tree.flatten_with_path(tree)
-    names = [_name(path) for path, _ in paths]
-    return names, [leaf for _, leaf in paths], treedef
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # flax.nnx wraps each leaf in a Variable
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def travels(leaf: Any) -> bool:
-    """Floating-point and complex leaves can be averaged; counters, flags and random keys stay at home."""
-    return jax.dtypes.issubdtype(leaf.dtype, np.inexact)
-
-
-def widened(dtype: Any) -> Any:
-    """The dtype in which values are averaged: float32 for the narrower ones, whose averages would stall."""
-    return dtype if jax.numpy.finfo(dtype).bits >= 32 else np.dtype(np.float32)
 
 
 def _size(leaf: Any) -> int:

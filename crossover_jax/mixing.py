@@ -1,86 +1,107 @@
-"""One exchange between workers: functions `(tree, step) -> tree` on the values of one worker.
+"""One exchange between workers: a `Mix` is called as `mix(tree, step)` on the values of one worker.
 
-They run wherever the axis of the workers has a name: inside `jax.shard_map` over a mesh, where `gossip` becomes
+It runs wherever the axis of the workers has a name: inside `jax.shard_map` over a mesh, where `gossip` becomes
 `ppermute`, or inside `jax.vmap(..., axis_name=...)`, where one device simulates all workers.
 """
 
+import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Integer
 
-from crossover_jax.cuts import Cut, flatten, travels, widened
-from crossover_jax.forms import (
+from crossover_jax.axes import Axis, axis_or_default, check_axis, is_simulated, same_on_all_workers, vary
+from crossover_jax.cuts import Cut
+from crossover_jax.deprecated import renames
+from crossover_jax.leaves import PyTree, widened
+from crossover_jax.lowering import (
     Pieces,
-    by_channels,
-    by_index,
-    by_switch,
-    is_simulated,
+    exchange_by_channels,
+    exchange_by_index,
+    exchange_by_switch,
     row_at,
     static_channels,
     traced_channels,
 )
-from crossover_jax.inner import on_parts
+from crossover_jax.packing import Leaves, map_packed, map_parts
 from crossover_jax.topology.pool import Pool
-from crossover_jax.topology.tables import Table
-from crossover_jax.wire import check_wire
+from crossover_jax.topology.tables import Table, shuffle
+from crossover_jax.wire import Wire, check_wire
 
-PyTree = Any
 Step = Integer[Array, ""] | int | np.integer
-Mix = Callable[[PyTree, Step], PyTree]
+# A table, or a function that makes it of the number of segments and the size of the pool.
+TableOrFunction = Table | Callable[[int, int], Table]
 
 
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """A function `(tree, step) -> tree` on one worker's values, and what an algorithm must know of it.
+
+    Any function of that signature is a mix too; it is taken to mix all leaves, without a conditional.
+    """
+
+    function: Callable[[PyTree, Step], PyTree]
+    axis: Axis | None = None  # None: the one that names the workers
+    leaves: Leaves = None  # which travel
+    specs: PyTree = None  # how leaves lie inside a worker
+    can_overlap: bool = True  # compiles without a conditional, which nothing can overlap
+
+    def __call__(self, tree: PyTree, step: Step) -> PyTree:
+        return self.function(tree, step)
+
+
+AnyMix = Mix | Callable[[PyTree, Step], PyTree]
+
+
+def as_mix(mix: AnyMix) -> Mix:
+    """What is known of any mix."""
+    return mix if isinstance(mix, Mix) else Mix(mix)
+
+
+@renames(cut_at=1, where="leaves")
 def gossip(
     pool: Pool,
-    table: Table,
     cut: Cut,
-    axis: str = "worker",
+    table: TableOrFunction = shuffle,
+    axis: str | None = None,
     *,
-    where: Callable[[str], bool] | None = None,
+    leaves: Leaves = None,
     specs: PyTree = None,
     wire: str | None = None,
     in_flight: int | None = None,
 ) -> Mix:
-    """Mix every segment of a tree with the peers that `table` names: x_i <- Σ_j W[i, j] x_j, W = pool.matrix(round).
+    """Mix every segment with the peers that `table` names: x_i <- Σ_j W[i, j] x_j, W = pool.matrix(round).
 
-    At step t segment s takes round `table[t % period, s]` of the pool; −1 leaves it at home, bit for bit. `where`
-    chooses by name ("layers/0/kernel") which leaves travel; those that are not floating-point never do. Leaves of one
-    dtype travel packed in one vector; averages are taken in float32 at least and returned in the leaf's own dtype.
+    Args:
+      pool: who hears whom; it must keep agreement (see `push_sum` for those that do not).
+      cut: which elements travel together.
+      table: at step t segment s takes round `table[t % period, s]` of the pool; −1 leaves it at home, bit for bit. Or a
+        function `(num_segments, pool_size) -> table`, such as `topology.rotate`.
+      axis: the axis along which to exchange; by default the one that names the workers.
+      leaves: a predicate on names, "layers/0/kernel": which leaves travel. Those that are not floating-point never do.
+      specs: how leaves lie inside a worker of several devices: PartitionSpecs over the inner axes, or a prefix of such
+        a tree; None: whole on every device or, with Explicit axes, as their types say. Each device sends its own part,
+        `by_size` cuts each device's part, and JAX cannot differentiate through it.
+      wire: dtype of the messages, "bfloat16", "float16" or "int8" (0.254 of float32: every 256 values share a scale).
+        The sum over workers is exact whatever it is: x_i <- x_i + Σ_j W[i, j] (Q(x_j) − Q(x_i)). Workers agree to the
+        rounding of Q. A wire that is not narrower than a leaf changes nothing.
+      in_flight: how many channels are under way at once (default: all). Fewer take less memory, and on CPU hosts less
+        time; on TPUs only the last group hides behind compute.
 
-    A permutation must be static in a compiled program, so a random topology is a compiled pool and a traced choice.
-    Where all rows of the table use a round equally often (`shuffle`, when the pool's size divides the segments) and
-    segments are equal (`by_size`), each round is one channel and what is random is which segment travels on it: no
-    conditional, so the exchange can overlap with compute. Any other table compiles to a `lax.switch` per segment, which
-    cannot; `is_channels` tells which. A `step` that is a Python integer picks the rounds while tracing.
+    Where every row of the table uses a round equally often and segments are equal (`is_channels`), each round compiles
+    to one static permute, and what is random is which segment travels on it. Any other table compiles to a `lax.switch`
+    per segment, which cannot overlap with compute. A `step` that is a Python integer picks the rounds while tracing.
+    Averages are taken in float32 at least and returned in the leaf's own dtype.
 
-    Where a worker has several devices, each sends its own part of every leaf. `specs` tells how leaves lie inside a
-    worker: PartitionSpecs over the inner axes, or a prefix of such a tree; None means whole on every device or, with
-    Explicit axes, as their types say. `by_size` then cuts each device's part, and JAX cannot differentiate through.
-
-    `wire="bfloat16"` sends half the bytes of float32 and keeps the sum over workers all the same: everybody takes out
-    what he sent, x_i <- x_i + Σ_j W[i, j] (Q(x_j) − Q(x_i)), with Q(x) what the message says of x. Workers then agree
-    to the rounding of Q. "int8" sends 0.254 of float32: every 256 values of a message share a scale, their largest
-    magnitude / 127, that travels behind them. A wire that is not narrower than a leaf changes nothing.
-
-    Channels leave together; with `in_flight=k` k of them, then, when those have arrived, the next k: less memory
-    (docs/scaling.md), and on CPU hosts, where they go one after another anyway, less time (docs/performance.md). On
-    TPUs only the last k then hide behind compute. A switch takes one at a time.
-
-    Raises `ValueError` if the pool does not keep agreement (see `push_sum`), if it is for another number of workers
-    than the axis has, if the table names rounds that the pool lacks or has another number of segments than the cut, if
-    the axis is not bound, if `step` differs between workers where that could hang, for an unknown `wire`, and for
-    `in_flight` below 1.
-
+    Raises `ValueError` for what does not fit together, for an axis that is not bound, for a `step` that differs between
+    workers, and if `leaves` chooses none.
     Reference: Crossover-SGD, arXiv:2012.15198.
 
-    >>> from crossover_jax import by_size, gossip, latin, shuffle
-    >>> mix = gossip(latin(8, 4), shuffle(4, 4), by_size(4))
+    >>> from crossover_jax import by_size, topology
+    >>> mix = gossip(topology.latin(8, 4), by_size(4))
     >>> x = jnp.arange(32.0).reshape(8, 4)
     >>> y = jax.vmap(mix, in_axes=(0, None), axis_name="worker")(x, 0)
     >>> bool(jnp.allclose(y.mean(0), x.mean(0)))
@@ -88,53 +109,50 @@ def gossip(
     """
     if not pool.keeps_agreement:
         raise ValueError("`pool` must keep agreement (rows of W sum to 1); this one does not: use `push_sum` with it.")
-    return exchange(pool, table, cut, axis, where=where, specs=specs, wire=wire, in_flight=in_flight)
+    return exchange(pool, cut, table, axis, leaves, specs, wire, in_flight)
 
 
 def exchange(
-    pool: Pool,
-    table: Table,
-    cut: Cut,
-    axis: str,
-    *,
-    where: Callable[[str], bool] | None = None,
-    specs: PyTree = None,
-    wire: str | None = None,
-    in_flight: int | None = None,
+    pool: Pool, cut: Cut, table: TableOrFunction, axis: str | None, leaves: Leaves, specs: PyTree, wire, in_flight
 ) -> Mix:
     """`gossip` for pools that may keep only mass; what it mixes then needs `push_weights` and `unbias`."""
-    table = _checked(table, pool, cut)
+    table = make_table(table, pool, cut)
     check_wire(wire)
     if in_flight is not None and in_flight < 1:
         raise ValueError(f"`in_flight` must be None or at least 1, got {in_flight}.")
+    # With an own share of ½ or more the nearest Q keeps the sign of x, below it only one between 0 and x does.
+    coding = Wire(wire, toward_zero=bool(pool.share[:, 0].min() < 0.5))
 
     def mix(tree: PyTree, step: Step) -> PyTree:
-        check_axis(axis, pool.num_workers)
-        traced = () if isinstance(step, int | np.integer) else (step,)
+        along = axis_or_default(axis)
+        check_axis(along, pool.num_workers)
+        is_static = isinstance(step, int | np.integer)
+        # The step enters a nested `shard_map` as an argument: it may not close over what is traced outside.
+        traced = () if is_static else (same_on_all_workers(step, along),)
 
         def mix_packed(arrays: list[Array], pieces: Pieces, *traced: Array) -> list[Array]:
             now = traced[0] if traced else step
-            fixed = table[0 if traced else int(step) % len(table)] if not traced or _is_constant(table) else None
-            if fixed is None and not is_channels(table, cut):
-                _check_same_step(now, axis)
-            if is_simulated(axis):
+            fixed = table[int(step) % len(table) if is_static else 0] if is_static or _is_constant(table) else None
+            if is_simulated(along):
                 row = row_at(table, now) if fixed is None else jnp.asarray(fixed)
-                return by_index(arrays, pieces, row, pool, axis, wire)
+                return exchange_by_index(arrays, pieces, row, pool, along, coding)
             if fixed is not None:
-                return by_channels(arrays, pieces, static_channels(fixed), pool, axis, wire, in_flight)
+                return exchange_by_channels(arrays, pieces, static_channels(fixed), pool, along, coding, in_flight)
             if is_channels(table, cut):
-                return by_channels(arrays, pieces, traced_channels(table, now), pool, axis, wire, in_flight)
-            return by_switch(arrays, pieces, row_at(table, now), table, pool, axis, wire)
+                channels = traced_channels(table, now)
+                return exchange_by_channels(arrays, pieces, channels, pool, along, coding, in_flight)
+            return exchange_by_switch(arrays, pieces, row_at(table, now), table, pool, along, coding)
 
-        return map_packed(mix_packed, tree, cut, axis, where, specs, *traced)
+        return map_packed(mix_packed, tree, cut, along, leaves, specs, *traced)
 
-    return mix
+    return Mix(mix, axis, leaves, specs, can_overlap=is_channels(table, cut))
 
 
 def is_channels(table: Table, cut: Cut) -> bool:
     """Whether `gossip` compiles without a conditional: every row uses each round as often as the first row does.
 
-    >>> from crossover_jax import by_size, sample, shuffle
+    >>> from crossover_jax import by_size
+    >>> from crossover_jax.topology import sample, shuffle
     >>> [is_channels(table, by_size(8)) for table in (shuffle(8, 4), shuffle(8, 7), sample(8, 4))]
     [True, False, False]
     """
@@ -149,10 +167,11 @@ def _is_constant(table: Table) -> bool:
     return bool((table == table[0]).all())
 
 
-def average(axis: str = "worker", *, where: Callable[[str], bool] | None = None, specs: PyTree = None) -> Mix:
+@renames(where="leaves")
+def average(axis: Axis | None = None, *, leaves: Leaves = None, specs: PyTree = None) -> Mix:
     """Average over all workers by all-reduce, in float32 at least: x_i <- (1/n) Σ_j x_j.
 
-    `where` chooses leaves by name; those that are not floating-point stay as they are. Where a worker has several
+    `leaves` chooses leaves by name; those that are not floating-point stay as they are. Where a worker has several
     devices each reduces its own part of every leaf, and `specs` tells how they lie, as in `gossip`.
 
     >>> x = jnp.arange(4.0)
@@ -162,10 +181,11 @@ def average(axis: str = "worker", *, where: Callable[[str], bool] | None = None,
 
     def mix(tree: PyTree, step: Step) -> PyTree:
         del step
-        check_axis(axis)
-        return _map_parts(lambda names, parts: [_mean(part, axis) for part in parts], tree, axis, where, specs)
+        along = axis_or_default(axis)
+        check_axis(along)
+        return map_parts(lambda names, parts: [_mean(part, along) for part in parts], tree, along, leaves, specs)
 
-    return mix
+    return Mix(mix, axis, leaves, specs)
 
 
 def _mean(leaf: Array, axis: str) -> Array:
@@ -173,16 +193,17 @@ def _mean(leaf: Array, axis: str) -> Array:
     if is_simulated(axis):
         everyone = lax.all_gather(wide, axis)
         # `pmean` makes the same sum, but XLA:CPU takes 8 times as long: it adds the workers up number by number.
-        total = lax.platform_dependent(everyone, cpu=_added_in_turn, default=lambda x: x.sum(0))
+        total = lax.platform_dependent(everyone, cpu=_add_in_turn, default=lambda x: x.sum(0))
         return (total / lax.axis_size(axis)).astype(leaf.dtype)
     return vary(lax.pmean(wide, axis).astype(leaf.dtype), axis)
 
 
-def _added_in_turn(x: Array) -> Array:
+def _add_in_turn(x: Array) -> Array:
     return lax.fori_loop(1, len(x), lambda i, total: total + x[i], x[0])
 
 
-def every(k: int, mix: Mix, axis: str = "worker") -> Mix:
+@renames(axis=None)
+def every(k: int, mix: AnyMix) -> Mix:
     """Apply `mix` after each `k` steps, with the number of exchanges so far as its step; in between nothing travels.
 
     `every(k, average())` after an optimizer's update is Local SGD (arXiv:1805.09767). The step must be shared by all
@@ -194,142 +215,67 @@ def every(k: int, mix: Mix, axis: str = "worker") -> Mix:
     """
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
+    mix = as_mix(mix)
 
     def mix_sometimes(tree: PyTree, step: Step) -> PyTree:
-        check_axis(axis)
+        along = axis_or_default(mix.axis)
+        check_axis(along)
         if isinstance(step, int | np.integer):
             return mix(tree, int(step) // k) if step % k == k - 1 else tree
-        _check_same_step(step, axis)
+        step = same_on_all_workers(step, along)
         # Both branches must have one type, and what an exchange returns varies between workers.
-        tree = jax.tree.map(lambda x: vary(x, axis), tree)
+        tree = jax.tree.map(lambda x: vary(x, along), tree)
         return lax.cond(step % k == k - 1, lambda tree: mix(tree, step // k), lambda tree: tree, tree)
 
-    return mix if k == 1 else mix_sometimes
+    return mix if k == 1 else dataclasses.replace(mix, function=mix_sometimes, can_overlap=False)
 
 
-def repeat(k: int, mix: Mix) -> Mix:
+def repeat(k: int, mix: AnyMix) -> Mix:
     """Apply `mix` `k` times at each step, as its steps k·step to k·step + k − 1: the next rounds of its table.
 
     Raises `ValueError` for k < 1.
 
-    >>> from crossover_jax import cycle, exponential, gossip, whole
-    >>> mix = repeat(2, gossip(exponential(4), cycle(1, 2), whole()))
+    >>> from crossover_jax import topology, whole
+    >>> mix = repeat(2, gossip(topology.exponential(4), whole(), table=topology.cycle))
     >>> jax.vmap(mix, in_axes=(0, None), axis_name="worker")(jnp.arange(4.0), 0).tolist()
     [1.5, 1.5, 1.5, 1.5]
     """
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
+    mix = as_mix(mix)
 
     def mix_again(tree: PyTree, step: Step) -> PyTree:
         for i in range(k):
             tree = mix(tree, k * step + i)
         return tree
 
-    return mix if k == 1 else mix_again
+    return mix if k == 1 else dataclasses.replace(mix, function=mix_again)
 
 
-def chain(*mixes: Mix) -> Mix:
-    """Apply several mixes in their order, each with the same step.
+def chain(*mixes: AnyMix) -> Mix:
+    """Apply several mixes in their order, each with the same step; none at all leaves every worker alone.
 
     >>> x, mix = jnp.arange(4.0), chain(average(), lambda x, step: x + step)
     >>> jax.vmap(mix, in_axes=(0, None), axis_name="worker")(x, 10).tolist()
     [11.5, 11.5, 11.5, 11.5]
     """
+    known = [as_mix(mix) for mix in mixes]
 
     def mix(tree: PyTree, step: Step) -> PyTree:
-        for one in mixes:
+        for one in known:
             tree = one(tree, step)
         return tree
 
-    return mix
+    choices = [one.leaves for one in known if one.leaves is not None]
+    is_filtered = bool(known) and len(choices) == len(known)
+    chosen = (lambda name: any(choose(name) for choose in choices)) if is_filtered else None
+    like = known[0] if known else Mix(mix)
+    return Mix(mix, like.axis, chosen, like.specs, can_overlap=all(one.can_overlap for one in known))
 
 
-def map_packed(
-    function: Callable[..., list[Array]],
-    tree: PyTree,
-    cut: Cut,
-    axis: str,
-    where: Callable[[str], bool] | None,
-    specs: PyTree,
-    *shared: Array,
-) -> PyTree:
-    """Apply `function(arrays, pieces, *shared)` to what travels: a packed vector, and leaves cut as they are."""
-
-    def on_packed(names: list[str], parts: list[Array], *shared: Array) -> list[Array]:
-        parts = [vary(part, axis) for part in parts]
-        for packing in cut.packings(names, parts):
-            as_they_are = [i for i, *_ in packing.split]
-            packed = [_packed([parts[i] for i in packing.leaves], packing.bounds[-1])] if packing.leaves else []
-            # Behind a dimension of one, as `per_worker`'s parameters are, XLA:CPU writes into a leaf where it lies;
-            # where the last write also changes its shape it copies the leaf up to four times.
-            arrays = function(packed + [parts[i][None] for i in as_they_are], packing.pieces(), *shared)
-            flat, start = arrays[0], 0
-            for i in packing.leaves:
-                size, shape = parts[i].size, parts[i].shape
-                parts[i] = flat[start : start + size].reshape(shape)
-                start += size
-            for i, array in zip(as_they_are, arrays[len(packed) :], strict=True):
-                parts[i] = array[0]
-        return parts
-
-    return _map_parts(on_packed, tree, axis, where, specs, *shared)
-
-
-def _packed(leaves: list[Array], length: int) -> Array:
-    pieces = [x.reshape(-1) for x in leaves]
-    pieces.append(jnp.zeros(length - sum(x.size for x in pieces), pieces[0].dtype))
-    return jnp.concatenate([x for x in pieces if x.size] or pieces[:1])  # at an empty one XLA:CPU may end the process
-
-
-def _map_parts(
-    function: Callable[..., list[Array]],
-    tree: PyTree,
-    axis: str,
-    where: Callable[[str], bool] | None,
-    specs: PyTree,
-    *shared: Array,
-) -> PyTree:
-    """Apply `function(names, parts, *shared)` to each device's parts of the leaves that travel."""
-    names, leaves, treedef = flatten(tree)
-    moving = [i for i, leaf in enumerate(leaves) if travels(leaf) and (where is None or where(names[i]))]
-    of_leaves = _spec_of_each_leaf(specs, tree)
-    apply = partial(function, [names[i] for i in moving])
-    mixed = on_parts(apply, [leaves[i] for i in moving], [of_leaves[i] for i in moving], axis, *shared)
-    for i, leaf in zip(moving, mixed, strict=True):
-        leaves[i] = leaf
-    return treedef.unflatten(leaves)
-
-
-def _spec_of_each_leaf(specs: PyTree, tree: PyTree) -> list[PartitionSpec | None]:
-    """`specs` may be a prefix of the tree: one spec for all leaves below."""
-    spread = jax.tree.map(lambda spec, below: jax.tree.map(lambda _: spec, below), specs, tree, is_leaf=_is_spec)
-    return jax.tree.leaves(spread, is_leaf=_is_spec)
-
-
-def _is_spec(x: Any) -> bool:
-    return x is None or isinstance(x, PartitionSpec)
-
-
-def vary(x: Array, axis: str) -> Array:
-    """Give a value that `shard_map` knows to be equal on all workers the type of one that varies over `axis`."""
-    if _varies(lax.axis_index(axis), axis) and not _varies(x, axis):
-        return lax.pcast(x, axis, to="varying")
-    return x
-
-
-def _varies(x: Any, axis: str) -> bool:
-    return axis in _varying(x)
-
-
-def _varying(x: Any) -> frozenset[str]:
-    """The manual axes along which `x` may differ."""
-    kind = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # the first until JAX 0.10.1
-
-
-def _checked(table: Table, pool: Pool, cut: Cut) -> Table:
-    """A copy of the table, so that later changes to the caller's do not reach the compiled program."""
-    table = np.array(table)
+def make_table(table: TableOrFunction, pool: Pool, cut: Cut) -> Table:
+    """A table of one's own, so that later changes to the caller's do not reach the compiled program."""
+    table = np.array(table(cut.num_segments, pool.num_rounds) if callable(table) else table)
     if table.ndim != 2 or not table.size or not np.issubdtype(table.dtype, np.integer):
         raise ValueError(f"`table` must hold integers [period, segments], got {table.dtype} of shape {table.shape}.")
     if table.shape[1] != cut.num_segments:
@@ -340,33 +286,3 @@ def _checked(table: Table, pool: Pool, cut: Cut) -> Table:
             f"got values from {table.min()} to {table.max()}."
         )
     return table
-
-
-def check_axis(axis: Any, num_workers: int | None = None) -> None:
-    if not isinstance(axis, str):
-        raise ValueError(
-            f"`axis` must be one name, got {axis!r}: exchange along one axis, then along the other (`chain`)."
-        )
-    try:
-        size = lax.axis_size(axis)
-    except NameError:
-        raise ValueError(
-            f"axis {axis!r} is not bound: call the step through `per_worker`, or inside `jax.shard_map` or "
-            f"`jax.vmap(..., axis_name={axis!r})`."
-        ) from None
-    if num_workers is not None and size != num_workers:
-        raise ValueError(f"`pool` is for {num_workers} workers, but axis {axis!r} has {size}.")
-
-
-def _check_same_step(step: Any, axis: str) -> None:
-    """A choice of round that differs between workers compiles, and hangs on real links: refuse it while tracing.
-
-    Along any axis: a conditional that some devices do not enter hangs the others, whatever they exchange in it.
-    """
-    if _varying(step) or type(step).__name__ == "BatchTracer":
-        axes = ", ".join(sorted(_varying(step))) or axis
-        raise ValueError(
-            f"`step` must be the same on all workers, but it varies over axis {axes!r}: pass one replicated step "
-            "(`per_worker(..., replicated=...)`); within `as_optax`, which counts in each worker's own state, only "
-            "exchanges at every step over channels work (`by_size`, and a pool whose size divides the segments)."
-        )

@@ -4,16 +4,12 @@ Every exchange costs α per message that waits for another, and its bytes over t
 neither a slow worker nor a congested switch, nor the time of packing and coding.
 """
 
-import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 65 / 64}  # per parameter; of int8 with a scale for each 256
-MEASURED = ("algorithm", "hosts", "rate", "compute_s", "step_s", "payload_bytes")  # what a fit needs
-UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}  # per second
 BACKWARD = 2 / 3  # of a gradient's time: what gradients of the last layers can travel beside
 
 
@@ -43,6 +39,7 @@ def allreduce_seconds(num_bytes: float, workers: int, link: Link) -> float:
     >>> allreduce_seconds(100.0, 4, Link(rate=100.0, latency=0.25))
     2.0
     """
+    # Not attained together: a tree waits log2 n times and sends more, a ring sends least and waits 2 (n − 1) times.
     return math.ceil(math.log2(workers)) * link.latency + 2 * (workers - 1) / workers * num_bytes / link.rate
 
 
@@ -61,7 +58,6 @@ def ways(params: float, workers: int, compute: float, link: Link, inside: float 
     `inside` is what averaging gradients inside a worker takes, bucket by bucket beside the backward pass. AllReduce is
     there twice: all at once behind the gradient, and bucket by bucket too, as good implementations do. "Streamed" mixes
     a part of the model at each step (`stream`) where an exchange does not fit beside one: as fast, but slower to agree.
-
     Raises `ValueError` for fewer than two workers, for no parameters and for a time that is negative.
     """
     if workers < 2:
@@ -70,12 +66,13 @@ def ways(params: float, workers: int, compute: float, link: Link, inside: float 
         raise ValueError(f"`params` must be positive, got {params:g}.")
     if compute < 0:
         raise ValueError(f"`compute` must not be negative, got {compute:g}.")
+    # What travels beside the backward pass can begin when that begins; what comes after waits for the longer of both.
     forward = (1 - BACKWARD) * compute
-    found, own = [], max(compute, forward + inside)
+    found, work = [], max(compute, forward + inside)
     for wire in ("float32", "bfloat16"):
         model = BYTES[wire] * params
         sent, seconds = 2 * (workers - 1) / workers * model, allreduce_seconds(model, workers, link)
-        found.append(Way("allreduce", wire, sent, seconds, own + seconds))
+        found.append(Way("allreduce", wire, sent, seconds, work + seconds))
         beside = max(compute, forward + inside + seconds)
         found.append(Way("allreduce, beside the backward pass", wire, sent, seconds, beside))
     for wire, each in BYTES.items():
@@ -83,12 +80,13 @@ def ways(params: float, workers: int, compute: float, link: Link, inside: float 
         for rounds in (1, 3) if wire == "int8" else (1,):
             name = "crossover" if rounds == 1 else f"crossover, {rounds} rounds"
             sent, seconds = rounds * model, gossip_seconds(model, link, rounds)
-            found.append(Way(name, wire, sent, seconds, own + seconds))
-            found.append(Way(f"{name}, during", wire, sent, seconds, max(own, seconds)))
-        if own and (parts := math.ceil(gossip_seconds(model, link) / own)) > 1:
+            found.append(Way(name, wire, sent, seconds, work + seconds))
+            found.append(Way(f"{name}, during", wire, sent, seconds, max(work, seconds)))
+        # Where an exchange takes longer than the work of a step, links carry a part of the model beside each.
+        if work and (parts := math.ceil(gossip_seconds(model, link) / work)) > 1:
             seconds = link.latency + model / parts / link.rate
             name = f"crossover, streamed over {parts} steps"
-            found.append(Way(name, wire, model / parts, seconds, max(own, seconds)))
+            found.append(Way(name, wire, model / parts, seconds, max(work, seconds)))
     return sorted(found, key=lambda way: (way.step, way.sent))
 
 
@@ -105,13 +103,11 @@ def where_it_pays(
     """
 
     def saves(rate: float) -> bool:
-        by_name = {
-            way.name: way.step
-            for way in ways(params, workers, compute, Link(rate, link.latency), inside)
-            if way.wire == "float32"
-        }
+        found = ways(params, workers, compute, link._replace(rate=rate), inside)
+        by_name = {way.name: way.step for way in found if way.wire == "float32"}
         return by_name["crossover, during"] < 0.95 * by_name["allreduce, beside the backward pass"]
 
+    # Solved by trying: steps are maxima of sums, and a formula would have a case for each order of their terms.
     rates = [rate for rate in RATES.tolist() if saves(rate)]
     return (rates[0], rates[-1]) if rates else None
 
@@ -133,124 +129,8 @@ def groups(params: float, workers: int, compute: float, link: Link, inside: floa
     """
     found = []
     for members in (m for m in range(workers // 2, 0, -1) if workers % m == 0):
-        averaging = allreduce_seconds(4 * params, members, link) if members > 1 else 0.0
+        averaging = allreduce_seconds(4 * params, members, link)  # 0 for one
         sending = averaging + gossip_seconds(4 * params / members, link)
         step = max(compute, (1 - BACKWARD) * compute + inside + averaging, sending)
         found.append(Groups(workers // members, members, averaging, step))
     return found
-
-
-class Fit(NamedTuple):
-    """What measurements say of links: how long a message waits, how many times the nominal transfer it takes."""
-
-    latency: float  # seconds
-    slowdown: float
-
-    def predict(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """Seconds of the steps that rows describe."""
-        exchange = _cost(rows) @ (self.latency, self.slowdown)
-        compute = _numbers(rows, "compute_s")
-        return np.where(_is_during(rows), np.maximum(compute, exchange), compute + exchange)
-
-    def errors(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-        """Medians of |predicted / measured − 1|: of all steps that exchange anything, and of the exchanges themselves.
-
-        An exchange is what a step takes beyond its compute, which is given, where it comes after the gradient.
-        """
-        predicted, measured, compute = self.predict(rows), _numbers(rows, "step_s"), _numbers(rows, "compute_s")
-        sends = _numbers(rows, "payload_bytes") > 0
-        shows = sends & ~_is_during(rows)
-        of_steps, of_exchanges = (
-            np.abs(p / m - 1)
-            for p, m in (
-                (predicted[sends], measured[sends]),
-                ((predicted - compute)[shows], (measured - compute)[shows]),
-            )
-        )
-        return _median(of_steps), _median(of_exchanges)
-
-
-def fit(rows: Sequence[Mapping[str, Any]]) -> Fit:
-    """Latency and slowdown from measured steps, as `benchmarks/scaling.py` writes them.
-
-    Least squares of relative errors, over the steps whose exchange comes after the gradient: beside it, its time does
-    not show. Neither is below 0. Raises `ValueError` where the measurements do not tell the two apart: they need
-    exchanges of several sizes or rates.
-    """
-    cost, measured = _cost(rows), _numbers(rows, "step_s")
-    used = ~_is_during(rows) & (cost[:, 1] > 0)
-    relative = cost[used] / measured[used][:, None]
-    if np.linalg.matrix_rank(relative / relative.max(0, initial=1e-300)) < 2:
-        raise ValueError(
-            "the measurements must have exchanges after the gradient, of several sizes or rates, to tell latency from "
-            f"rate, got {used.sum()} of {len(np.unique(cost[used], axis=0))} kinds."
-        )
-    exchange = measured - _numbers(rows, "compute_s")
-    return Fit(*_not_negative(relative, exchange[used] / measured[used]).tolist())
-
-
-def _cost(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Of each row how many messages wait for another, and seconds to send it all at the nominal rate."""
-    payload = _numbers(rows, "payload_bytes")
-    waits = np.array([_waits(row["algorithm"], int(row["hosts"])) for row in rows])
-    rates = np.array([bits_per_second(row["rate"]) for row in rows])
-    return np.stack([waits * (payload > 0), 8 * payload / rates], axis=1)
-
-
-def _median(values: np.ndarray) -> float:
-    return float(np.median(values)) if values.size else 0.0
-
-
-def _is_during(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    return np.array(["during" in row["algorithm"] for row in rows])
-
-
-def _numbers(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    return np.array([float(row[name]) for row in rows])
-
-
-def _not_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The least squares solution of a x = b in two unknowns, neither below 0."""
-    both, *_ = np.linalg.lstsq(a, b, rcond=None)
-    alone = [np.where(np.arange(2) == i, max(0.0, a[:, i] @ b / (a[:, i] @ a[:, i])), 0.0) for i in (0, 1)]
-    return both if (both >= 0).all() else min(alone, key=lambda x: float(np.sum((a @ x - b) ** 2)))
-
-
-def _waits(algorithm: str, hosts: int) -> int:
-    """Messages of a step that wait for another; Gloo, on which is measured, averages along a ring."""
-    return 2 * (hosts - 1) if algorithm.startswith("allreduce") else 1
-
-
-def bits_per_second(rate: str) -> float:
-    """A rate as `tc` writes it.
-
-    >>> bits_per_second("200mbit")
-    200000000.0
-    """
-    for unit, factor in UNITS.items():
-        if rate.endswith(unit):
-            return float(rate.removesuffix(unit)) * factor
-    raise ValueError(f"a rate must end with one of {', '.join(UNITS)}, got {rate!r}.")
-
-
-def read(path: str) -> list[dict[str, str]]:
-    """Rows of measurements. Raises `ValueError` where the file cannot be read or lacks a column."""
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
-    if lacking := [name for name in MEASURED if not rows or name not in rows[0]]:
-        raise ValueError(f"{path} must have rows with {', '.join(MEASURED)}, it lacks {', '.join(lacking)}.")
-    return rows
-
-
-def as_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Columns as wide as their widest entry, the first to the left."""
-    lines = [[str(entry) for entry in line] for line in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        [entry.ljust(w) if i == 0 else entry.rjust(w) for i, (entry, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in aligned)

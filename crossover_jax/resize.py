@@ -1,6 +1,7 @@
 """The state of n workers on m: a run goes on with another number of workers than it was saved with."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,10 +10,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float64
 
-from crossover_jax.cuts import flatten, travels, widened
+from crossover_jax.leaves import PyTree, flatten, fold_in, is_key, travels, widened
 from crossover_jax.push_sum import PushSumState
-
-PyTree = Any
 
 
 def overlap_matrix(n: int, m: int) -> Float64[np.ndarray, "m n"]:
@@ -33,9 +32,8 @@ def overlap_matrix(n: int, m: int) -> Float64[np.ndarray, "m n"]:
 def average_matrix(n: int, m: int) -> Float64[np.ndarray, "m n"]:
     """Every entry 1/n: all m workers start from the average of n. Raises `ValueError` for fewer than one worker.
 
-    >>> average_matrix(4, 2)
-    array([[0.25, 0.25, 0.25, 0.25],
-           [0.25, 0.25, 0.25, 0.25]])
+    >>> average_matrix(4, 1)
+    array([[0.25, 0.25, 0.25, 0.25]])
     """
     _check_numbers(n, m)
     return np.full((m, n), 1 / n)
@@ -54,13 +52,14 @@ def resize(tree: PyTree, matrix: np.ndarray) -> PyTree:
 
     `matrix`, `[m, n]` on the host, has rows that sum to 1. Products are taken in float32 at least, as what differs from
     one worker that the row names: workers that are equal stay equal in every bit, and a row with a single 1 copies its
-    worker's bits. All else (counters, flags, keys) becomes m copies. Push-sum weights `[n, segments, n]` are resized as
-    the values that they divide, `[m, segments, m]`, so that the model is (R x)/(R w).
+    worker's bits. Counters, `[n]` integers, become the highest of all, so that a worker that skipped a step catches up.
+    All else (flags, keys) is that of the worker with the largest share; keys that come from one worker are made
+    different. Push-sum weights `[n, segments, n]` are resized as what they divide: the model is (R x)/(R w).
 
-    Raises `ValueError` for another matrix, for a leaf without the leading axis of n workers, and, by `check_counters`,
-    if the workers' counters differ. Traced values cannot be compared: for a sharded state call `check_counters(state)`,
-    then `jax.jit(partial(resize, matrix=matrix), out_shardings=...)(state)`. Sharded by workers, a device may need room
-    for n models; if it holds a part of the elements of all workers, `PartitionSpec(None, ("worker", "fsdp"))`, for 1-3.
+    Raises `ValueError` for another matrix, and for a leaf without the leading axis of n workers. A sharded state is
+    resized in place by `jax.jit(partial(resize, matrix=matrix), out_shardings=...)(state)`. Sharded by workers, a
+    device may need room for n models; if it holds a part of the elements of all workers,
+    `PartitionSpec(None, ("worker", "fsdp"))`, for 1-3.
 
     >>> state = {"w": jnp.arange(4.0), "count": jnp.full(4, 7)}
     >>> resized = resize(state, overlap_matrix(4, 2))
@@ -79,14 +78,14 @@ def resize(tree: PyTree, matrix: np.ndarray) -> PyTree:
                 f"leaf {name!r} must have a leading axis of {matrix.shape[1]} workers, the columns of `matrix`, got "
                 f"shape {np.shape(leaf)}: stack it with `copies`, or make the matrix for as many."
             )
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        check_counters(tree)
-    largest_first = np.argsort(-np.abs(matrix), axis=1, kind="stable")[:, : (matrix != 0).sum(1).max()]
-    return _resized(tree, largest_first.T, np.take_along_axis(matrix, largest_first, 1).T)
+    # The largest share first: sums begin with its worker, and what cannot be averaged is that worker's.
+    sources = np.argsort(-np.abs(matrix), axis=1, kind="stable")[:, : (matrix != 0).sum(1).max()]
+    earlier = np.tril(sources[:, :1] == sources[:, 0], -1).sum(1)  # how many new workers before have the same first one
+    return _resized(tree, sources.T, np.take_along_axis(matrix, sources, 1).T, earlier)
 
 
 @jax.jit
-def _resized(tree: PyTree, sources: jax.Array, shares: jax.Array) -> PyTree:
+def _resized(tree: PyTree, sources: jax.Array, shares: jax.Array, earlier: jax.Array) -> PyTree:
     """Worker j becomes Σ_k shares[k, j]·(worker sources[k, j]); the first of them, of any share, is what is left of 1.
 
     A loop of gathers, where a product of matrices would hold n models on each device and let a worker that diverged
@@ -107,52 +106,20 @@ def _resized(tree: PyTree, sources: jax.Array, shares: jax.Array) -> PyTree:
         return jnp.where(change == 0, first, (first.astype(wide) + change).astype(x.dtype))  # −0 + 0 would be +0
 
     def copied(x):
-        return jnp.broadcast_to(x[0], (sources.shape[1], *x.shape[1:]))
+        if is_key(x, leading=1):
+            # By the new number: `copies` folded the worker alone, and so would give one of them the same key again.
+            return jax.vmap(partial(fold_in, purpose=len(earlier)))(x[sources[0]], earlier)
+        if x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.broadcast_to(x.max(), sources.shape[1:])
+        return x[sources[0]]
 
     def weights(w):
         if w.shape[2:] != w.shape[:1]:
             raise ValueError(f"push-sum weights must be [n, segments, n], got {w.shape}: stack them with `copies`.")
-        return jnp.broadcast_to(mixed(w[0].T).T, (sources.shape[1], w.shape[1], sources.shape[1]))
+        own = jnp.diagonal(w, axis1=0, axis2=2)  # [segments, n]: what each worker says of itself
+        return jnp.broadcast_to(mixed(own.T).T, (sources.shape[1], w.shape[1], sources.shape[1]))
 
     return _map(lambda x: mixed(x) if travels(x) else copied(x), weights, tree)
-
-
-def check_counters(tree: PyTree) -> None:
-    """Raise `ValueError` naming leaf and values if what `resize` copies is not equal on all workers.
-
-    That is all that is not floating-point, and push-sum weights. Every leaf has a leading axis of workers; one small
-    array is fetched.
-
-    >>> check_counters({"w": jnp.arange(4.0), "count": jnp.full(4, 7)})
-    """
-    names, leaves, _ = flatten(tree)
-    must_agree = jax.tree.leaves(_map(lambda x: not travels(x), lambda _: True, tree))
-    checked = {name: x for name, x, must in zip(names, leaves, must_agree, strict=True) if must and np.size(x)}
-    if not checked:
-        return
-    wrong, found = _differences(list(checked.values()))
-    if np.any(wrong):
-        leaf = int(np.argmax(wrong))
-        worker, first, other = map(np.asarray, found[leaf])
-        raise ValueError(
-            f"leaf {list(checked)[leaf]!r} must be equal on all workers, got {first} on worker 0 and {other} on worker "
-            f"{worker}: make it equal first, or go on with as many workers as there were."
-        )
-
-
-@jax.jit
-def _differences(leaves: list[jax.Array]) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
-    """For each leaf whether a worker differs from worker 0; the first that does, and the two values."""
-
-    def first(x):
-        x = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-        x = x.reshape(len(x), -1)
-        wrong = x != x[:1]
-        i, j = jnp.unravel_index(wrong.argmax(), wrong.shape)
-        return wrong.any(), (i, x[0, j], x[i, j])
-
-    wrong, found = zip(*map(first, leaves), strict=True)
-    return jnp.stack(wrong), list(found)
 
 
 def _map(leaf: Callable[[Any], Any], weights: Callable[[Any], Any], tree: PyTree) -> PyTree:

@@ -8,15 +8,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-PyTree = Any
+from crossover_jax.leaves import PyTree
 
 
 def fsdp_specs(params: PyTree, mesh: Mesh, axis: str = "fsdp", *, min_size: int = 2**16) -> PyTree:
-    """A spec per leaf: leaves of `min_size` elements or more are sharded over `axis` along their largest dimension.
+    """Specs that shard leaves of at least `min_size` elements over `axis`, by the largest dimension its size divides.
 
-    Of the dimensions that the size of the axis divides the largest is taken, of equal ones the first; leaves without
-    one, small ones, and all of them on a mesh without `axis`, lie whole on every device. `params` are one worker's,
-    arrays or shapes.
+    Of equal dimensions the first is taken; other leaves, and all of them on a mesh without `axis`, lie whole on every
+    device. `params` are one worker's, arrays or shapes.
 
     >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("worker", "fsdp"))
     >>> shape = jax.ShapeDtypeStruct
@@ -69,14 +68,12 @@ def state_specs(state: PyTree, params: PyTree, specs: PyTree) -> PyTree:
     >>> state_specs(jax.eval_shape(optax.adam(1e-3).init, params), params, specs)[0].mu["w"] == P("fsdp")
     True
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree.leaves_with_path(params)
     of_leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
-    known: dict[Hashable, P] = {
-        (path, np.shape(leaf)): spec for (path, leaf), spec in zip(leaves, of_leaves, strict=True)
-    }
+    known: dict[Hashable, P] = {(path, np.shape(x)): spec for (path, x), spec in zip(leaves, of_leaves, strict=True)}
 
     def spec(path: tuple, leaf: Any) -> P:
         ends = (known.get((path[i:], np.shape(leaf))) for i in range(len(path) + 1))
         return next((found for found in ends if found is not None), P())
 
-    return jax.tree_util.tree_map_with_path(spec, state)
+    return jax.tree.map_with_path(spec, state)

@@ -1,5 +1,6 @@
 """From the step of one worker to all workers: on a mesh, or simulated on one device."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -8,255 +9,215 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crossover_jax.cuts import flatten, travels, widened
+from crossover_jax.axes import Around, Axis, tracing
+from crossover_jax.deprecated import renames
+from crossover_jax.guard import SHARED, check_collectives
+from crossover_jax.leaves import PyTree, flatten, fold_in, is_key
+from crossover_jax.mesh import Workers, axis_names, axis_sizes, is_spec, shardings_of
 
-PyTree = Any
-Axis = str | tuple[str, ...]
 
-
+@renames(where="workers")
 def per_worker(
     step: Callable[..., PyTree],
-    where: Mesh | int | tuple[int, ...],
-    replicated: Sequence[int] = (),
+    workers: Workers,
+    replicated: Sequence[int | str] = (),
     *,
+    static: Sequence[int | str] = (),
+    donate: bool | Sequence[int | str] = True,
     out_specs: PyTree = None,
-    donate: bool = True,
     axis: Axis = "worker",
 ) -> jax.stages.Wrapped:
     """All workers' step, compiled, from the step of one worker, which sees values without a leading axis.
 
-    `where` is a mesh (each worker is a slice of it; axes other than `axis` stay automatic) or the number of workers to
-    simulate on one device. Arguments and results have a leading axis of workers, except the arguments whose positions
-    are in `replicated`. The first argument, the state, is donated: use what is returned, or pass `donate=False`.
-    Where the state is sharded inside its worker, `out_specs` repeats that for what is returned: PartitionSpecs over the
-    inner axes (None: not sharded), a prefix of the result, `(state_specs, None)`.
+    Args:
+      step: the step of one worker; it returns its new state. One that updates objects in place needs `in_place`.
+      workers: a mesh (each worker is a slice of it; axes other than `axis` stay automatic) or the number of workers to
+        simulate on one device.
+      replicated: positions or names of arguments that are the same for all workers. All others, and all results, have a
+        leading axis of workers. Random keys in replicated arguments are the exception: every worker gets its own.
+      static: positions or names of arguments that are compiled in, such as flags.
+      donate: whether the first argument, the state, is donated (use what is returned), or which arguments are.
+      out_specs: where the state is sharded inside its worker, the same for what is returned: PartitionSpecs over the
+        inner axes (None: not sharded), or a prefix of the result, `(state_specs, None)`.
+      axis: the name of the workers' axis, or both where there are two levels, `("worker", "fast")`: on a mesh that has
+        them, or with `workers=(4, 8)` simulated. The leading axis of everything stays one, over all 32.
 
-    Workers may be named by two axes, for gossip on two levels: `axis=("worker", "fast")` on a mesh that has both, or
-    with `where=(4, 8)` simulated; the leading axis of everything stays one, over all 32 of them.
+    Collectives in `step` are those of `jax.vmap` with a named axis, on a mesh too: what one differentiates through a
+    `psum` or `pmean` is the gradient of one's own value, summed over all workers that it reaches.
 
-    Raises `ValueError` while tracing if a leaf lacks the leading axis of workers, or if the mesh lacks `axis`.
+    Raises `ValueError` while tracing: for a leaf without the leading axis of workers, a mesh without `axis`, a step
+    that returns nothing or loses what it changed in place, and for a collective that a worker may skip or choose by a
+    value of its own, which would hang on real links.
 
     >>> total = per_worker(lambda x: jax.lax.psum(x, "worker"), 4)
     >>> total(jnp.arange(4.0)).tolist()
     [6.0, 6.0, 6.0, 6.0]
     """
-    sizes = _sizes(where, axis)
-    num_workers = math.prod(sizes)
-    donated = (0,) if donate and 0 not in replicated else ()
-
-    def check(args):
-        for i, arg in enumerate(args):
-            if i not in replicated:
-                _check_leading_axis(arg, num_workers, f"argument {i}")
-
-    if not isinstance(where, Mesh):
-
-        def simulated(*args):
-            check(args)
-            in_axes = [None if i in replicated else 0 for i in range(len(args))]
-            all_workers = step
-            for name, size in reversed(list(zip(_names(axis), sizes, strict=True))):
-                all_workers = jax.vmap(all_workers, axis_name=name, axis_size=size, in_axes=in_axes)
-            args = [arg if i in replicated else _reshaped(arg, 1, sizes) for i, arg in enumerate(args)]
-            return _reshaped(all_workers(*args), len(sizes), (num_workers,))
-
-        return jax.jit(simulated, donate_argnums=donated)
-
-    def one(*args):
-        own = [arg if i in replicated else jax.tree.map(lambda x: x[0], arg) for i, arg in enumerate(args)]
-        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), step(*own))
-
-    def distributed(*args):
-        check(args)
-        in_specs = tuple(P() if i in replicated else P(axis) for i in range(len(args)))
-        return jax.shard_map(one, mesh=where, in_specs=in_specs, out_specs=P(axis), axis_names=set(_names(axis)))(*args)
-
+    sizes, names, parameters = axis_sizes(workers, axis), axis_names(axis), _parameters(step)
+    shared_places, static_places = _by_both(replicated, parameters), _by_both(static, parameters)
+    donated = donate if not isinstance(donate, bool) else (0,) if donate else ()
+    options = _for_jit("donate", _by_both(donated, parameters) - shared_places) | _for_jit("static", static_places)
     # Without the state's own sharding on what is returned, nothing is aliased and the next call compiles again.
-    return jax.jit(distributed, donate_argnums=donated, out_shardings=_shardings(where, out_specs, axis))
+    shardings = shardings_of(workers, out_specs, axis) if isinstance(workers, Mesh) else None
+    is_sharded = any(spec is not None and any(spec) for spec in jax.tree.leaves(out_specs, is_leaf=is_spec))
+
+    def all_workers(*args, **kwargs):
+        given = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
+        fixed, shared, own = {}, {}, {}
+        for key, arg in given.items():
+            place = int(key) if key.isdigit() else key
+            (fixed if place in static_places else shared if place in shared_places else own)[key] = arg
+        for key, arg in own.items():
+            _check_leading_axis(arg, math.prod(sizes), f"argument {key}" if key.isdigit() else f"argument {key!r}")
+
+        def call(own, shared):
+            values = {**fixed, **own, **shared}
+            return step(*(values[str(i)] for i in range(len(args))), **{key: values[key] for key in kwargs})
+
+        one = partial(_one_worker, call, around=Around(names, is_sharded))
+        run = _simulated if not isinstance(workers, Mesh) else partial(_on_mesh, workers)
+        return run(one, own, shared, names, sizes)
+
+    return jax.jit(all_workers, out_shardings=shardings, **options)
 
 
-def _reshaped(tree: PyTree, leading: int, sizes: tuple[int, ...]) -> PyTree:
+def in_place(step: Callable[..., Any]) -> Callable[..., tuple[PyTree, Any]]:
+    """`(state, *args) -> (state, what step returned)`, for a step that updates its first arguments in place.
+
+    `state` is the tuple of those arguments: flax.nnx modules, optimizers, metrics. Without this their new values would
+    be lost, since every worker updates copies.
+
+    >>> def count(counter, more): counter["n"] += more
+    >>> (counter,), _ = per_worker(in_place(count), 4)(({"n": jnp.zeros(4)},), jnp.arange(4.0))
+    >>> counter["n"].tolist()
+    [0.0, 1.0, 2.0, 3.0]
+    """
+
+    def step_and_state(state: PyTree, *args: Any, **kwargs: Any) -> tuple[PyTree, Any]:
+        result = step(*state, *args, **kwargs)
+        return state, result
+
+    return step_and_state
+
+
+def _one_worker(call: Callable[..., PyTree], own: PyTree, shared: PyTree, *, around: Around) -> PyTree:
+    """One worker's step: traced once, looked through for what would hang, and run."""
+    me = lax.axis_index(around.axes)
+    shared = jax.tree.map(lambda x: fold_in(x, me) if is_key(x) else x, shared)
+    leaves, treedef = jax.tree.flatten((own, shared))
+
+    def flat(*leaves):
+        own, shared = jax.tree.unflatten(treedef, leaves)
+        objects = _objects((own, shared))
+        before = {id(x) for x in jax.tree.leaves(objects)}
+        result = call(own, shared)
+        _check_kept([x for x in jax.tree.leaves(objects) if id(x) not in before], result)
+        return result
+
+    with tracing(around):
+        program, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+    own_leaves = len(jax.tree.leaves(own))
+    differs = [frozenset(around.axes) if i < own_leaves or is_key(x) else SHARED for i, x in enumerate(leaves)]
+    check_collectives(program.jaxpr, differs, around.axes)
+    return jax.tree.unflatten(jax.tree.structure(shape), jaxpr_as_fun(program)(*leaves))
+
+
+def _simulated(one, own: PyTree, shared: PyTree, names: tuple[str, ...], sizes: tuple[int, ...]) -> PyTree:
+    for name, size in reversed(list(zip(names, sizes, strict=True))):
+        one = jax.vmap(one, axis_name=name, axis_size=size, in_axes=(0, None))
+    return _reshape(one(_reshape(own, 1, sizes), shared), len(sizes), (math.prod(sizes),))
+
+
+def _reshape(tree: PyTree, leading: int, sizes: tuple[int, ...]) -> PyTree:
     """The first `leading` dimensions of every leaf as `sizes`."""
     return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[leading:]), tree)
 
 
-def _shardings(where: Mesh, specs: PyTree, axis: Axis) -> PyTree:
-    return jax.tree.map(
-        lambda spec: NamedSharding(where, P(axis, *(spec or ()))),
-        specs,
-        is_leaf=lambda spec: spec is None or isinstance(spec, P),
+def _on_mesh(mesh: Mesh, one, own: PyTree, shared: PyTree, names: tuple[str, ...], sizes: tuple[int, ...]) -> PyTree:
+    del sizes
+    axis = names if len(names) > 1 else names[0]
+
+    def alone(own, shared):
+        result = one(jax.tree.map(lambda x: x[0], own), shared)
+        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), result)
+
+    # Types that tell which values vary over the workers (`check_vma`) would make a mesh another language than `vmap`:
+    # loops and conditionals that begin with constants are errors there, and gradients of replicated values are summed.
+    on_mesh = jax.shard_map(
+        alone, mesh=mesh, in_specs=(P(axis), P()), out_specs=P(axis), axis_names=set(names), check_vma=False
     )
+    return on_mesh(_reshard(own, mesh, axis), shared)
 
 
-def copies(
-    tree: PyTree | Callable[[], PyTree],
-    where: Mesh | int | tuple[int, ...],
-    *,
-    specs: PyTree = None,
-    axis: Axis = "worker",
-) -> PyTree:
-    """One copy of the tree per worker: each leaf gets a leading axis of workers, placed where `per_worker` wants it.
+def _reshard(tree: PyTree, mesh: Mesh, axis: Axis) -> PyTree:
+    """On Explicit axes the type of an argument must say where its workers lie, which that of a numpy array does not."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return tree
 
-    `tree` may be a function that makes it: it is compiled with its result in place, so that no device ever holds more
-    than its part, and nothing is sent where there are many processes. `specs` shards the copies inside their workers
-    as in `per_worker`: PartitionSpecs over the inner axes (None: not sharded), or a prefix of such a tree.
+    def place(x):
+        spec = jax.typeof(x).sharding.spec
+        return x if spec[0] in (axis, (axis,)) else jax.sharding.reshard(x, NamedSharding(mesh, P(axis, *spec[1:])))
 
-    >>> copies({"w": jnp.ones(3)}, 4)["w"].shape
-    (4, 3)
-    >>> copies(lambda: {"w": jnp.ones(3)}, 4)["w"].shape
-    (4, 3)
-    """
-    stack = partial(_stacked, num_workers=math.prod(_sizes(where, axis)))
-    shardings = None if not isinstance(where, Mesh) else _shardings(where, specs, axis)
-    if callable(tree):
-        return jax.jit(lambda: stack(tree()), out_shardings=shardings)()
-    if isinstance(where, Mesh):
-        tree = jax.device_put(tree, NamedSharding(where, P()))  # it may be committed to one device
-    return jax.jit(stack, out_shardings=shardings)(tree)
+    return jax.tree.map(place, tree)
 
 
-def abstract_copies(
-    tree_or_function: PyTree | Callable[[], PyTree],
-    where: Mesh | int | tuple[int, ...],
-    *,
-    specs: PyTree = None,
-    axis: Axis = "worker",
-) -> PyTree:
-    """Shapes `[workers, ...]`, dtypes and shardings of what `copies` would return, for restoring it in place.
-
-    Nothing is computed. The tree may hold arrays or their shapes, or be a function that makes it; simulated workers
-    lie on the default device.
-
-    >>> abstract_copies({"w": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}, 4)["w"].shape
-    (4, 3)
-    """
-    stack = partial(_stacked, num_workers=math.prod(_sizes(where, axis)))
-    make = tree_or_function
-    shapes = jax.eval_shape(lambda: stack(make())) if callable(make) else jax.eval_shape(stack, make)
-    shardings = _shardings(where, specs, axis) if isinstance(where, Mesh) else jnp.zeros(()).sharding
-
-    def placed(sharding, below):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), below)
-
-    return jax.tree.map(placed, shardings, shapes)
+def _objects(tree: PyTree) -> list[Any]:
+    """The nodes of a tree that are no containers of Python: modules, which a step may change in place."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: not isinstance(x, dict | list | tuple))
+    return [x for x in nodes if not jax.tree_util.all_leaves([x])]
 
 
-def _stacked(tree: PyTree, num_workers: int) -> PyTree:
-    return jax.tree.map(lambda x: jnp.broadcast_to(_strong(x), (num_workers, *jnp.shape(x))), tree)
-
-
-def local_part(
-    shape: Sequence[int],
-    where: Mesh,
-    spec: P | None = None,
-    *,
-    axis: Axis = "worker",
-) -> tuple[slice, ...]:
-    """The part of a global array `[workers, ...]` of that shape that the devices of this process hold.
-
-    `spec` is over the inner axes, for the dimensions after the first: of a batch `[workers, per worker, ...]` that the
-    devices of a worker share it is `P("data")`. A process reads just this part, and `from_local` puts it in place.
-    Raises `ValueError` if what the process holds is not one block.
-
-    >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("worker", "data"))
-    >>> local_part((4, 16), mesh, P("data"))
-    (slice(0, 4, None), slice(0, 16, None))
-    """
-    shape = tuple(shape)
-    held = NamedSharding(where, P(axis, *(spec or ()))).addressable_devices_indices_map(shape).values()
-    blocks = {tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for index in held if index}
-    box = [(min(start), max(stop)) for start, stop in (zip(*ends, strict=True) for ends in zip(*blocks, strict=True))]
-    if sum(_volume(block) for block in blocks) != _volume(box):
+def _check_kept(changed: list[Any], result: PyTree) -> None:
+    returned = {id(x) for x in jax.tree.leaves(result)}
+    if not returned:
         raise ValueError(
-            f"`where` must give this process one block of an array {list(shape)}, got {len(blocks)} blocks that are "
-            "not one: order the mesh's devices by process, as `make_mesh` does."
+            "`step` must return what it computes, its new state, got a result without arrays: nothing would be kept. A "
+            "step that updates its arguments in place works as `per_worker(in_place(step), workers)`."
         )
-    return tuple(slice(start, stop) for start, stop in box)
-
-
-def _volume(box: Iterable[tuple[int, int]]) -> int:
-    return math.prod(stop - start for start, stop in box)
-
-
-def from_local(batch: PyTree, where: Mesh, spec: P | None = None, *, axis: Axis = "worker") -> PyTree:
-    """Global arrays `[workers, per worker, ...]` of which each process gives the part that its own devices hold.
-
-    `batch` has this process's `local_part` of every leaf, as numpy arrays; with one process that is the whole. `spec`
-    is over the inner axes, for the dimensions after the first. Nothing is sent between processes.
-
-    >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("worker", "data"))
-    >>> from_local(np.zeros((4, 16, 3)), mesh, P("data")).sharding.spec == P("worker", "data")
-    True
-    """
-    sharding = NamedSharding(where, P(axis, *(spec or ())))
-    with jax.transfer_guard_host_to_device("allow"):  # these are asked for
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def _strong(x: Any) -> jax.Array:
-    """Python floats and what was made of them have weak types, which the first step would strip and compile again."""
-    x = jnp.asarray(x)
-    return x.astype(x.dtype) if travels(x) else x
-
-
-@jax.jit
-def mean(tree: PyTree) -> PyTree:
-    """The averaged model: floating-point leaves averaged in float32 at least, of the others the first worker's.
-
-    >>> mean({"w": jnp.arange(4.0)})["w"].item()
-    1.5
-    """
-
-    def average(x):
-        return x.astype(widened(x.dtype)).mean(0).astype(x.dtype) if travels(x) else x[0]
-
-    return jax.tree.map(average, tree)
-
-
-def worker(tree: PyTree, i: int) -> PyTree:
-    """The values of worker `i`, without the leading axis. Raises `ValueError` if there is no such worker.
-
-    >>> worker({"w": jnp.arange(4.0)}, 2)["w"].item()
-    2.0
-    """
-    num_workers = min((len(x) for x in jax.tree.leaves(tree)), default=i + 1)
-    if not 0 <= i < num_workers:
-        raise ValueError(f"`i` must be from 0 to {num_workers - 1}, got {i}.")
-    return _worker(tree, i)
-
-
-@jax.jit
-def _worker(tree: PyTree, i: jax.Array) -> PyTree:
-    return jax.tree.map(lambda x: x[i], tree)
-
-
-def _names(axis: Axis) -> tuple[str, ...]:
-    return (axis,) if isinstance(axis, str) else axis
-
-
-def _sizes(where: Mesh | int | tuple[int, ...], axis: Axis) -> tuple[int, ...]:
-    """How many workers there are along each axis."""
-    names = _names(axis)
-    if isinstance(where, Mesh):
-        if missing := [name for name in names if name not in where.shape]:
-            raise ValueError(f"`where` must have an axis {missing[0]!r}, got a mesh with axes {tuple(where.shape)}.")
-        return tuple(where.shape[name] for name in names)
-    sizes = (where,) if isinstance(where, int) else where
-    if min(sizes) < 1 or len(sizes) != len(names):
+    if lost := [x for x in changed if id(x) not in returned]:
         raise ValueError(
-            f"`where` must be a mesh or a number of workers of at least 1 for each axis of {names}, got {where}."
+            f"`step` must return what it changes, but it changes {len(lost)} leaves of its arguments in place, and "
+            "they would be lost: return the changed objects too, or use `per_worker(in_place(step), workers)`."
         )
-    return sizes
+
+
+def _parameters(step: Callable[..., Any]) -> list[str]:
+    """Names of the step's positional parameters; what has no signature is called by positions only."""
+    try:
+        parameters = inspect.signature(step).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _by_both(chosen: Iterable[int | str], parameters: list[str]) -> set[int | str]:
+    """Arguments chosen by position or by name, by both: however they will be passed."""
+    other: dict[int | str, int | str] = dict(enumerate(parameters)) | {name: i for i, name in enumerate(parameters)}
+    return {either for x in chosen for either in (x, other.get(x, x))}
+
+
+def _for_jit(what: str, chosen: set[int | str]) -> dict[str, Any]:
+    numbers, names = (tuple(x for x in chosen if isinstance(x, kind)) for kind in (int, str))
+    return {f"{what}_argnums": numbers, f"{what}_argnames": names}
 
 
 def _check_leading_axis(tree: PyTree, num_workers: int, what: str) -> None:
     names, leaves, _ = flatten(tree)
     for name, leaf in zip(names, leaves, strict=True):
-        if np.shape(leaf)[:1] != (num_workers,):
-            raise ValueError(
-                f"leaf {name!r} of {what} must have a leading axis of {num_workers} workers, got shape "
-                f"{np.shape(leaf)}: stack it with `copies`, or name the argument in `replicated`."
-            )
+        shape = np.shape(leaf)
+        if shape[:1] == (num_workers,):
+            continue
+        advice = "stack it with `copies`, or name the argument in `replicated`."
+        if is_key(leaf):
+            advice = "name the argument in `replicated`, and every worker gets a key of its own."
+        elif shape and shape[0] and shape[0] % num_workers == 0:
+            dealt = [num_workers, shape[0] // num_workers, *shape[1:]]
+            advice = f"deal a batch out with `split(batch, workers)`, which makes {dealt}."
+        raise ValueError(
+            f"leaf {name!r} of {what} must have a leading axis of {num_workers} workers, got shape {shape}: {advice}"
+        )

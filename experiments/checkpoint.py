@@ -8,6 +8,7 @@ either: a checkpoint is restored only if every leaf of every worker has the chec
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -15,9 +16,9 @@ import pathlib
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import absl.logging
 import jax
@@ -25,23 +26,25 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crossover_jax.cuts import flatten, travels
+from crossover_jax.leaves import flatten
 from experiments import processes
+from experiments.checksums import inspect
 from experiments.step import Diverged
 
 PyTree = Any
+T = TypeVar("T")
 FOLDER = "checkpoints"
 DAMAGED = "damaged"
-FORMAT = 1
+FORMAT = 2  # 1: before the config had a group of keys for each algorithm
 SMALL = 2**22  # bytes of a leaf, all workers together
 
 
+@functools.cache
 def _quieten() -> None:
-    """Of one failed write or read orbax and its threads tell ten pages; `Checkpoints` and `Damaged` are their sum."""
+    """Of one failed write or read orbax and its threads tell ten pages; `NotSaved` and `Damaged` are their sum."""
     absl.logging.get_absl_handler().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -57,11 +60,12 @@ def _quieten() -> None:
     sys.unraisablehook = hook
 
 
-_quieten()
-
-
 class Damaged(Exception):
     """A checkpoint is not what was saved."""
+
+
+class NotSaved(Exception):
+    """A run that went on would leave nothing behind."""
 
 
 class _LastAndBest(NamedTuple):
@@ -80,6 +84,7 @@ class Checkpoints:
     """Saves in the background; all processes call every method. `keep` counts the last ones, the best is kept too."""
 
     def __init__(self, workdir: pathlib.Path, keep: int, best: int | None = None):
+        _quieten()
         self._folder, self._best = workdir / FOLDER, [] if best is None else [best]
         self.last = max(steps(workdir), default=None)  # the last that is known to be whole
         self._saving: tuple[int, bool] | None = None  # step, and whether it is the best
@@ -91,13 +96,19 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # damage to an old one must not end the run
         )
+        try:
+            self._folder.mkdir(
+                parents=True, exist_ok=True
+            )  # orbax would do so in a thread, and tell pages of a failure
+        except OSError as error:
+            raise NotSaved(f"{self._folder} must be a folder that can be written: {error.strerror}.") from None
         self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
 
     def save(self, step: int, state: PyTree, record: dict[str, Any], *, is_best: bool = False) -> None:
         """Begin to save the state after `step`; it waits for the save before it, and returns once it has a copy.
 
-        What cannot be written is said, and the run goes on. A state that is not finite is not saved: this, the next
-        call or `wait` raises `Diverged`.
+        What cannot be written is said, and the run goes on; where there is no other checkpoint, this, the next call or
+        `wait` raises `NotSaved`. A state that is not finite is not saved: they raise `Diverged`.
         """
         self._wait()
 
@@ -108,7 +119,7 @@ class Checkpoints:
                 item = ocp.args.Composite(state=ocp.args.PyTreeSave(_gathered(state)), record=ocp.args.JsonSave(whole))
                 self._manager.save(step, args=item, force=True)
 
-        self._saving, inspected = (step, is_best), _inspect(state)
+        self._saving, inspected = (step, is_best), inspect(state)
         # The loop donates the state to the next step: it goes on at once if who writes has a copy on the devices, else
         # when orbax has its own, on the host.
         is_copied = jax.process_count() == 1 and all(leaf.nbytes < SMALL for leaf in jax.tree.leaves(state))
@@ -122,7 +133,7 @@ class Checkpoints:
         return self._whole
 
     def close(self) -> None:
-        with contextlib.suppress(Diverged):  # of a run that ends by another error; else `wait` has raised it
+        with contextlib.suppress(Diverged, NotSaved):  # of a run that ends by another error; else `wait` has raised it
             self._wait()
         self._thread.shutdown()
         self._manager.close()
@@ -145,18 +156,40 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> None:
         self._whole = False
-        kept = "there is no other" if self.last is None else f"the last whole one is of step {self.last}"
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rsplit(": ", 1)[-1]
-        processes.say(f"WARNING: the checkpoint of step {step} could not be saved, the run goes on; {kept}: {reason}")
         if processes.is_first():
             for unfinished in self._folder.glob(f"{step}.*"):
                 shutil.rmtree(unfinished, ignore_errors=True)  # it holds the disk
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rsplit(": ", 1)[-1]
+        if self.last is None:
+            raise NotSaved(
+                f"the first checkpoint, of step {step}, could not be saved, so the run does not go on: {reason}; make "
+                "room, or name another `workdir`."
+            )
+        kept = f"the last whole one is of step {self.last}"
+        processes.say(f"WARNING: the checkpoint of step {step} could not be saved, the run goes on; {kept}: {reason}")
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
     """The steps of which there are checkpoints, damaged or not; an unfinished one has another name."""
     folder = workdir / FOLDER
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def newest_whole(
+    workdir: pathlib.Path, attempt: Callable[[int], T], tell: Callable[[int, Damaged], None]
+) -> tuple[T | None, list[int]]:
+    """What `attempt` makes of the newest step for which it does not raise `Damaged`, and the steps for which it does.
+
+    None if there is no such step; `tell` hears of each damage.
+    """
+    damaged: list[int] = []
+    for step in reversed(steps(workdir)):
+        try:
+            return attempt(step), damaged
+        except Damaged as error:
+            tell(step, error)
+            damaged.append(step)
+    return None, damaged
 
 
 def read_record(workdir: pathlib.Path, step: int) -> dict[str, Any]:
@@ -170,7 +203,10 @@ def read_record(workdir: pathlib.Path, step: int) -> dict[str, Any]:
     if found != told or record["step"] != step:
         raise Damaged("its record is not as it was written")
     if record["format"] != FORMAT:
-        raise ValueError(f"the checkpoint of step {step} has format {record['format']}; this code reads {FORMAT}.")
+        raise ValueError(
+            f"the checkpoint of step {step} must have format {FORMAT}, got {record['format']}, of another version of "
+            "this code: go on with that one, or name another `workdir`."
+        )
     return record
 
 
@@ -190,6 +226,7 @@ def restore(workdir: pathlib.Path, record: dict[str, Any], like: PyTree) -> PyTr
             f"differ: {name} is {_described(saved.get(name))} there and {_described(wanted.get(name))} here."
         )
     path = workdir / FOLDER / str(record["step"]) / "state"
+    _quieten()
     args = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
     handler = ocp.PyTreeCheckpointHandler()
     try:
@@ -206,7 +243,7 @@ def restore(workdir: pathlib.Path, record: dict[str, Any], like: PyTree) -> PyTr
 
 def verify(record: dict[str, Any], state: PyTree) -> None:
     """Compare the checksums of all leaves on all processes' devices. Raises `Damaged`, naming leaf and worker."""
-    of_leaves, of_workers, _ = processes.fetch(_inspect(state))
+    of_leaves, of_workers, _ = processes.fetch(inspect(state))
     told = np.array([leaf["sums"] for leaf in record["leaves"].values()], np.uint32)
     if leaves := np.flatnonzero((of_leaves != told).any(-1)).tolist():
         workers = np.flatnonzero((of_workers != np.array(record["workers"], np.uint32)).any(-1)).tolist()
@@ -227,20 +264,20 @@ def set_aside(workdir: pathlib.Path, damaged: Sequence[int]) -> None:
                 break
 
 
-def spread(states: PyTree, where: Mesh | int) -> PyTree:
+def spread(states: PyTree, workers: Mesh | int) -> PyTree:
     """The shapes `[workers, ...]` of another number of workers, each device with some elements of all of them.
 
     So they are resized where they lie, in the memory that one state takes; only leaves whose dimensions the number of
     devices does not divide lie whole on every device.
     """
-    if isinstance(where, int):
+    if isinstance(workers, int):
         return states
 
     def place(x):
         axes = [None] * x.ndim
-        if fits := [d for d in range(1, x.ndim) if x.shape[d] and x.shape[d] % where.size == 0]:
-            axes[fits[0]] = where.axis_names
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(where, P(*axes)))
+        if fits := [d for d in range(1, x.ndim) if x.shape[d] and x.shape[d] % workers.size == 0]:
+            axes[fits[0]] = workers.axis_names
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(workers, P(*axes)))
 
     return jax.tree.map(place, states)
 
@@ -271,57 +308,13 @@ def _described_leaves(step: int, state: PyTree, inspected: tuple[jax.Array, ...]
             bad = np.flatnonzero(~workers)
             raise Diverged(
                 f"{name} of worker {bad[0]} is not finite after step {step} ({bad.size} of {workers.size} workers): "
-                "lower `config.optimizer.learning_rate`, or look at the data."
+                "lower `config.schedule.learning_rate`, or look at the data."
             )
     found = {
         name: {"array": [list(leaf.shape), str(leaf.dtype)], "sums": sums.tolist()}
         for name, leaf, sums in zip(names, leaves, of_leaves, strict=True)
     }
     return {"leaves": found, "workers": of_workers.tolist()}
-
-
-@jax.jit
-def _inspect(state: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Checksums of leaves `[leaves, 2]` and of workers `[workers, 2]`, and what is finite, `[leaves, workers]`."""
-    leaves = jax.tree.leaves(state)
-    sums = jnp.stack([_checksums(x) for x in leaves])
-    return sums.sum(1, dtype=jnp.uint32), sums.sum(0, dtype=jnp.uint32), jnp.stack([_is_finite(x) for x in leaves])
-
-
-def _is_finite(x: jax.Array) -> jax.Array:
-    inner = tuple(range(1, x.ndim))
-    return jnp.isfinite(x).all(inner) if travels(x) else jnp.ones(len(x), bool)
-
-
-def _checksums(x: jax.Array) -> jax.Array:
-    """Two uint32 per worker: sums modulo 2**32 of every word mixed with its place.
-
-    Sums of integers do not depend on their order, so a leaf has the same ones however it lies on the devices. The
-    mixing is one to one in the word: no change of a single one goes unseen, and any other with 2**-64 only.
-    """
-    words = _words(x)
-    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
-    for d in reversed(range(words.ndim)):
-        place += lax.broadcasted_iota(jnp.uint32, words.shape, d) * np.uint32(stride % 2**32)
-        stride *= words.shape[d]
-
-    def total(seed: int) -> jax.Array:
-        mixed = words ^ (place * np.uint32(0x9E3779B1) + np.uint32(seed))
-        for factor in (0x85EBCA6B, 0xC2B2AE35):  # the finaliser of MurmurHash3
-            mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(factor)
-        return (mixed ^ (mixed >> np.uint32(15))).sum(tuple(range(1, words.ndim)), dtype=jnp.uint32)
-
-    return jnp.stack([total(1), total(0x7F4A7C15)], -1)
-
-
-def _words(x: jax.Array) -> jax.Array:
-    """The bits as uint32: one per element, two for 64-bit dtypes on a new last axis."""
-    if jnp.iscomplexobj(x):
-        return _words(jnp.stack([x.real, x.imag], -1))
-    if x.dtype == bool:
-        return x.astype(jnp.uint32)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-    return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
 def _digest(record: dict[str, Any]) -> str:

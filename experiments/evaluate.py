@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crossover_jax import Algorithm, consensus_distance, mean, per_worker
+from crossover_jax import Algorithm, consensus_distance, mean_over_workers, per_worker
 from experiments import processes
 from experiments.step import TrainState, fetch
 
@@ -21,39 +21,39 @@ Predict = Callable[[PyTree, PyTree, jax.Array], jax.Array]
 
 
 def make_evaluate(
-    predict: Predict, algorithm: Algorithm, where: Mesh | int, specs: TrainState | None = None, *, workers: bool = True
+    predict: Predict, algorithm: Algorithm, workers: Mesh | int, specs: TrainState | None = None, *, each: bool = True
 ) -> Callable[[int, TrainState, Iterable[PyTree]], dict[str, float]]:
     """A function `(step, state, batches) -> metrics` under the keys of `metrics.jsonl`.
 
     Batches are numpy's, with `image`, `label` and a `mask` of the examples that count, `[rows, ...]`, the same for all
     workers. The averaged model has the average of the workers' parameters and of their BatchNorm statistics. On a mesh
     the number of rows must be a multiple of the devices that share them; `specs` is how the state lies inside a worker.
-    Without `workers` only the averaged model is evaluated, which is as many times faster as there are workers.
+    Without `each` only the averaged model is evaluated, which is as many times faster as there are workers.
     The function raises `Diverged`, naming `step`.
     """
     totals = partial(_totals, predict)
     models = per_worker(
         lambda s: (algorithm.model(s.params, s.algorithm), s.model_state),
-        where,
+        workers,
         out_specs=None if specs is None else (specs.params, specs.model_state),
         donate=False,
     )
     of_mean = jax.jit(totals)
-    if isinstance(where, int):
+    if isinstance(workers, int):
         of_workers = jax.jit(lambda models, batch: jax.lax.map(lambda own: totals(own, batch), models))
         place_for_mean = place_for_workers = jax.device_put
     else:
-        of_workers = per_worker(totals, where, replicated=(1,), donate=False)
+        of_workers = per_worker(totals, workers, replicated=(1,), donate=False)
         # Of the averaged model there is one, all devices share its examples; of the others, those of one worker.
-        inner = batch_axes(where)
-        place_for_mean = partial(processes.place, sharding=NamedSharding(where, P(("worker", *inner))))
-        place_for_workers = partial(processes.place, sharding=NamedSharding(where, P(inner)))
+        shared = batch_axes(workers)
+        place_for_mean = partial(processes.place, sharding=NamedSharding(workers, P(("worker", *shared))))
+        place_for_workers = partial(processes.place, sharding=NamedSharding(workers, P(shared)))
 
     def evaluate(step: int, state: TrainState, batches: Iterable[PyTree]) -> dict[str, float]:
         own = models(state)
-        averaged = mean(own)
+        averaged = mean_over_workers(own)
         counts = [
-            (of_mean(averaged, place_for_mean(batch)), of_workers(own, place_for_workers(batch)) if workers else None)
+            (of_mean(averaged, place_for_mean(batch)), of_workers(own, place_for_workers(batch)) if each else None)
             for batch in batches
         ]
         distance = consensus_distance(own[0])
@@ -61,14 +61,19 @@ def make_evaluate(
         fetch(step, [{"evaluation loss": np.ravel(loss if of_each is None else of_each[1]) / count}])
         row = {"eval/mean/accuracy": float(right / count), "eval/mean/loss": float(loss / count)}
         if of_each is not None:
-            row |= {
-                "eval/workers/accuracy": float(of_each[0].mean() / count),
-                "eval/workers/accuracy_min": float(of_each[0].min() / count),
-                "eval/workers/accuracy_max": float(of_each[0].max() / count),
-            }
+            row |= _accuracies(of_each[0], count)
         return {**row, "consensus_distance": float(jax.device_get(distance))}
 
     return evaluate
+
+
+def _accuracies(right: np.ndarray, count: int) -> dict[str, float]:
+    """Of the workers' own models, from how many of all labels each has right."""
+    return {
+        "eval/workers/accuracy": float(right.mean() / count),
+        "eval/workers/accuracy_min": float(right.min() / count),
+        "eval/workers/accuracy_max": float(right.max() / count),
+    }
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Take one model out of a run's checkpoint, for whoever has flax and orbax and nothing of ours.
 
-    python experiments/export.py runs/fashion_mnist models/fashion_mnist
-    python experiments/export.py runs/fashion_mnist models/worker_3 --step=best --workers=3
+    python -m experiments.export runs/fashion_mnist models/fashion_mnist
+    python -m experiments.export runs/fashion_mnist models/worker_3 --step=best --workers=3
 
     OUT/model         orbax: nested dicts "params" and "model_state" of numpy arrays
     OUT/README.md     the model card: what it is, how good it is, and the lines that load it
@@ -12,7 +12,6 @@ The averaged model is one that no worker ran, so BatchNorm gets new statistics u
 
 import argparse
 import itertools
-import json
 import os
 import pathlib
 import shutil
@@ -27,15 +26,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
+if not __package__:  # as a script
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 import crossover_jax as cj
-from crossover_jax.cuts import flatten
-from experiments import checkpoint, data, models, processes, report
+from experiments import card, checkpoint, data, models, processes, report
 from experiments.checkpoint import Damaged
 from experiments.evaluate import make_evaluate
-from experiments.program import Program, make_program, versions
+from experiments.paths import local_path
+from experiments.program import Program, make_program
 from experiments.step import Diverged, TrainState
+from experiments.workdir import METRICS, Row, read_rows
 
 PyTree = Any
 BATCH = 256  # examples in a forward pass: what was spread over many devices may be exported on one
@@ -59,7 +60,7 @@ class Figures(NamedTuple):
     step: int
     accuracy: float
     loss: float
-    workers: report.Row  # under the keys of metrics.jsonl
+    workers: Row  # under the keys of metrics.jsonl
     source: str  # of them
 
 
@@ -78,7 +79,7 @@ def export(
     `step` is a number, "best" or "last", which goes back to the newest whole checkpoint; `workers` is "mean" or the
     number of one. Raises `ValueError` for what cannot be had, `Damaged` and `data.DataMissing`.
     """
-    workdir, out = pathlib.Path(workdir).expanduser(), pathlib.Path(out).expanduser().resolve()
+    workdir, out = local_path("WORKDIR", workdir), local_path("OUT", out).resolve()
     if batch_norm not in BATCH_NORM:
         raise ValueError(f"`--batch_norm` must be one of {', '.join(BATCH_NORM)}, got {batch_norm!r}.")
     if examples < 1:
@@ -94,24 +95,49 @@ def export(
     model_of = restored.program.algorithm.model
     of_workers = cj.per_worker(lambda s: (model_of(s.params, s.algorithm), s.model_state), num_workers, donate=False)
     own = of_workers(restored.state)
-    params, model_state = cj.mean(own) if workers == "mean" else cj.worker(own, int(workers))
-    if not jax.tree.leaves(model_state):
-        statistics = "The model has no BatchNorm."
-    elif batch_norm == "average":
-        statistics = "BatchNorm has the running statistics of training" + (
-            ", averaged over the workers." if workers == "mean" else "."
-        )
-    else:
-        model_state, (number, size) = recalibrated(restored, params, model_state, examples)
-        statistics = (
-            "BatchNorm has statistics that were made for this model: the mean and the biased variance of each layer's "
-            f"input over {number * size} examples of `{restored.train_set.split}` without augmentation, in {number} "
-            f"batches of {size} which the layers below normalise each by its own."
-        )
-    figures = measured(workdir, restored, own[0], params, model_state)
+    params, model_state = cj.mean_over_workers(own) if workers == "mean" else cj.one_worker(own, int(workers))
+    model_state, statistics = _statistics(restored, params, model_state, workers, batch_norm, examples)
+    figures = evaluate(workdir, restored, own[0], params, model_state)
     tree = plain({"params": params, "model_state": model_state})
-    write(out, tree, card(restored, workers, figures, statistics, tree), config_text(restored.record))
+    write(out, tree, _card(restored, workers, figures, statistics, tree), card.config_text(restored.record))
     return figures
+
+
+def _statistics(
+    restored: Restored, params: PyTree, model_state: PyTree, workers: str, batch_norm: str, examples: int
+) -> tuple[PyTree, str]:
+    """The exported model's BatchNorm statistics, and a sentence about where they come from."""
+    if not jax.tree.leaves(model_state):
+        return model_state, "The model has no BatchNorm."
+    if batch_norm == "average":
+        averaged = ", averaged over the workers" if workers == "mean" else ""
+        return model_state, f"BatchNorm has the running statistics of training{averaged}."
+    model_state, (number, size) = recalibrated(restored, params, model_state, examples)
+    return model_state, (
+        "BatchNorm has statistics that were made for this model: the mean and the biased variance of each layer's "
+        f"input over {number * size} examples of `{restored.train_set.split}` without augmentation, in {number} "
+        f"batches of {size} which the layers below normalise each by its own."
+    )
+
+
+def _card(restored: Restored, workers: str, figures: Figures, statistics: str, tree: PyTree) -> str:
+    record, row = restored.record, figures.workers
+    of = f"{record['num_workers']} workers"
+    return card.fill(
+        record,
+        restored.eval_set,
+        what=f"The average of the models of {of}" if workers == "mean" else f"Worker {workers}, one of {of},",
+        epochs=record["examples"] / len(restored.train_set),
+        accuracy=figures.accuracy,
+        loss=figures.loss,
+        of_workers=row["eval/workers/accuracy"],
+        least=row["eval/workers/accuracy_min"],
+        most=row["eval/workers/accuracy_max"],
+        distance=row["consensus_distance"],
+        source=figures.source,
+        statistics=statistics,
+        leaves=card.leaf_table(tree),
+    )
 
 
 def restore(workdir: pathlib.Path, step: str, data_dir: str | None = None) -> Restored:
@@ -121,42 +147,40 @@ def restore(workdir: pathlib.Path, step: str, data_dir: str | None = None) -> Re
         raise ValueError(
             f"`WORKDIR` must hold the checkpoints of a run, got {workdir} without any: name a run's folder."
         )
+    none_whole = f"`WORKDIR` must hold a whole checkpoint, got {workdir} where all {len(found)} are damaged."
     if step == "last":
-        for candidate in reversed(found):
-            try:
-                return restore_step(workdir, candidate, data_dir)
-            except Damaged as error:
-                processes.say(f"WARNING: {error}")
-        raise Damaged(f"`WORKDIR` must hold a whole checkpoint, got {workdir} where all {len(found)} are damaged.")
-    chosen = best_step(workdir, found) if step == "best" else step
-    if chosen not in map(str, found):
-        raise ValueError(
-            f"`--step` must be 'last', 'best' or a checkpoint of {workdir}, {', '.join(map(str, found))}, got {chosen}."
+        restored, _ = checkpoint.newest_whole(
+            workdir,
+            lambda candidate: restore_step(workdir, candidate, data_dir),
+            lambda _, error: processes.say(f"WARNING: {error}"),
         )
-    return restore_step(workdir, int(chosen), data_dir)
-
-
-def best_step(workdir: pathlib.Path, found: Sequence[int]) -> str:
-    """The step of the best averaged model, as the newest record that can be read has it."""
-    for step in reversed(found):
-        try:
-            best = checkpoint.read_record(workdir, step)["best"]
-        except Damaged:
-            continue
-        if best is None:
+        if restored is None:
+            raise Damaged(none_whole)
+        return restored
+    if step == "best":
+        record, _ = checkpoint.newest_whole(
+            workdir, lambda candidate: checkpoint.read_record(workdir, candidate), lambda *_: None
+        )
+        if record is None:
+            raise Damaged(none_whole)
+        if record["best"] is None:
             raise ValueError(
-                f"`--step` must not be 'best' where {workdir} has no evaluation up to step {step}: name one."
+                f"`--step` must not be 'best' where {workdir} has no evaluation up to step {record['step']}: name one."
             )
-        return str(best[0])
-    raise Damaged(f"`WORKDIR` must hold a whole checkpoint, got {workdir} where all {len(found)} are damaged.")
+        step = str(record["best"][0])
+    if step not in map(str, found):
+        raise ValueError(
+            f"`--step` must be 'last', 'best' or a checkpoint of {workdir}, {', '.join(map(str, found))}, got {step}."
+        )
+    return restore_step(workdir, int(step), data_dir)
 
 
 def restore_step(workdir: pathlib.Path, step: int, data_dir: str | None) -> Restored:
     """One checkpoint. Raises `Damaged`, and `ValueError` if the data are not those of the run."""
     try:
         record = checkpoint.read_record(workdir, step)
-        config = config_of(record)
-        c, where = config.dataset, record["num_workers"]
+        config = config_from(record)
+        c, workers = config.dataset, record["num_workers"]
         load = partial(data.load, c.name, data_dir=data_dir or c.data_dir, sequence=c.sequence)
         train_set, eval_set = load(c.train_split), load(c.eval_split)
         digests = ", ".join(dataset.digest for dataset in (train_set, eval_set))
@@ -165,32 +189,27 @@ def restore_step(workdir: pathlib.Path, step: int, data_dir: str | None) -> Rest
                 f"`--data_dir` must hold the data of the run, {record['config']['data']}, got {digests} in "
                 f"{data_dir or c.data_dir}: name the folder that it was trained from."
             )
-        program = make_program(config, train_set, where, 1)
-        state = checkpoint.restore(workdir, record, cj.abstract_copies(program.shapes, where))
+        program = make_program(config, train_set, workers, 1)
+        state = checkpoint.restore(workdir, record, cj.abstract_copies(program.shapes, workers))
         checkpoint.verify(record, state)
     except Damaged as error:
         raise Damaged(f"the checkpoint of step {step} in {workdir} is damaged: {error}; name another --step.") from None
     return Restored(record, config, train_set, eval_set, program, state)
 
 
-def config_of(record: dict[str, Any]) -> ml_collections.ConfigDict:
+def config_from(record: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config of the run, where BatchNorm does not divide a batch: to evaluate a model it need not.
 
-    >>> config_of({"config": {"seed": 0, "model.options.bn_groups": 8, "data": "mnist"}}).to_dict()
+    >>> config_from({"config": {"seed": 0, "model.options.bn_groups": 8, "data": "mnist"}}).to_dict()
     {'model': {'options': {'bn_groups': 1}}, 'seed': 0}
     """
     nested: dict[str, Any] = {"model": {"options": {}}}  # a folder without keys has left no trace
-    for name, value in settings(record).items():
+    for name, value in card.recorded_config(record).items():
         *folders, key = name.split(".")
         reduce(lambda folder, name: folder.setdefault(name, {}), folders, nested)[key] = value
     if "bn_groups" in nested["model"]["options"]:
         nested["model"]["options"]["bn_groups"] = 1
     return ml_collections.ConfigDict(nested).lock()
-
-
-def settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The config of the run by dotted names."""
-    return {name: value for name, value in record["config"].items() if name != "data"}
 
 
 def recalibrated(
@@ -211,7 +230,7 @@ def recalibrated(
     return models.recalibrate(forward, model_state, images), (number, size)
 
 
-def measured(workdir: pathlib.Path, restored: Restored, own: PyTree, params: PyTree, model_state: PyTree) -> Figures:
+def evaluate(workdir: pathlib.Path, restored: Restored, own: PyTree, params: PyTree, model_state: PyTree) -> Figures:
     """The exported model, evaluated; its workers as the run did, or anew where it did not at this step."""
     record, program = restored.record, restored.program
     step, size = record["step"], min(BATCH, restored.config.eval_batch_size)
@@ -219,9 +238,9 @@ def measured(workdir: pathlib.Path, restored: Restored, own: PyTree, params: PyT
     as_it_is = program.algorithm._replace(model=lambda params, state: params)
     alone = jax.tree.map(lambda x: x[None], TrainState(params, model_state, ()))
     row = make_evaluate(program.predict, as_it_is, 1)(step, alone, batches())
-    rows = report.read_rows(workdir, step) if (workdir / report.METRICS).is_file() else []
+    rows = read_rows(workdir, step) if (workdir / METRICS).is_file() else []
     if rows and rows[-1]["step"] == step and "eval/workers/accuracy" in rows[-1]:
-        workers, source = rows[-1], f"from the run's `{report.METRICS}`"
+        workers, source = rows[-1], f"from the run's `{METRICS}`"
     else:
         workers = make_evaluate(program.predict, program.algorithm, record["num_workers"])(
             step, restored.state, batches()
@@ -264,109 +283,6 @@ def write(out: pathlib.Path, tree: PyTree, readme: str, config: str) -> None:
         raise ValueError(f"`OUT` must be a folder that can be written, got {out}: {error.strerror}.") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-# ---- the model card ----
-
-
-def card(restored: Restored, workers: str, figures: Figures, statistics: str, tree: PyTree) -> str:
-    """OUT/README.md."""
-    record, config, eval_set, row = restored.record, restored.config, restored.eval_set, figures.workers
-    of = f"{record['num_workers']} workers"
-    what = f"The average of the models of {of}" if workers == "mean" else f"Worker {workers}, one of {of},"
-    epochs = record["examples"] / len(restored.train_set)
-    call, inputs = how_to_call(eval_set)
-    return f"""\
-# {config.model.name} on {config.dataset.name}, trained by {config.algorithm.name}
-
-{what} after step {record["step"]} ({record["examples"]} examples, {epochs:.2f} epochs), taken from a run of
-crossover_jax by `experiments/export.py`.
-
-| on the {len(eval_set)} examples of `{eval_set.split}` | accuracy | loss |
-|---|---|---|
-| **this model** | {figures.accuracy:.4f} | {figures.loss:.4f} |
-| the workers, mean | {row["eval/workers/accuracy"]:.4f} | |
-| the workers, min | {row["eval/workers/accuracy_min"]:.4f} | |
-| the workers, max | {row["eval/workers/accuracy_max"]:.4f} | |
-
-The workers' accuracies are {figures.source}. Their consensus distance, the root mean square of their distances to
-their average, is {row["consensus_distance"]:.4g}. {statistics}
-
-## Load
-
-With flax and orbax alone. `model` is your `flax.nnx` module whose attributes have the names and shapes below; what it
-starts from does not matter, and one that lacks an array or has others is refused. In this folder:
-
-```python
-import os
-import numpy as np
-import orbax.checkpoint as ocp
-from flax import nnx
-
-graphdef, params, statistics, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-like = {{"params": nnx.to_pure_dict(params), "model_state": nnx.to_pure_dict(statistics)}}
-saved = ocp.StandardCheckpointer().restore(os.path.abspath("model"), like)
-model = nnx.merge(graphdef, saved["params"], saved["model_state"], rest)
-{call}
-```
-
-{inputs} Call the model as its class says, here for evaluation. Restored without `like`, `saved` is
-nested dicts of numpy arrays for anything else: of a linen module with these names, `params` and `batch_stats`.
-
-```
-{described(tree)}
-```
-
-## Config
-
-```json
-{config_text(record)}```
-
-The data were {record["config"]["data"]}.
-
-| version of | trained with | exported with |
-|---|---|---|
-{versions_table(record["made"])}
-"""
-
-
-def how_to_call(dataset: data.Dataset) -> tuple[str, str]:
-    """The line that calls the model, and what it takes.
-
-    >>> how_to_call(data.describe("fashion_mnist"))[0]
-    'logits = model((images / 255 - np.float32([0.286])) / np.float32([0.353]))'
-    """
-    shape = ", ".join(map(str, dataset.image_shape))
-    if not dataset.mean:
-        return "logits = model(tokens)", f"`tokens` are bytes of text, `[batch, {shape}]`, as they are."
-    mean, std = list(dataset.mean), list(dataset.std)
-    return (
-        f"logits = model((images / 255 - np.float32({mean})) / np.float32({std}))",
-        f"`images` are uint8 `[batch, {shape}]`; the model takes them in float32, normalised: divided by 255, less the "
-        f"mean {mean} and over the standard deviation {std} of each channel.",
-    )
-
-
-def described(tree: PyTree) -> str:
-    """Every array by name.
-
-    >>> print(described({"params": {"fc": {"bias": np.zeros(10, np.float32)}}}))
-    params/fc/bias  float32[10]
-    """
-    names, leaves, _ = flatten(tree)
-    return report.table({name: f"{x.dtype}{list(x.shape)}" for name, x in zip(names, leaves, strict=True)})
-
-
-def config_text(record: dict[str, Any]) -> str:
-    """OUT/config.json."""
-    return json.dumps(settings(record), indent=2) + "\n"
-
-
-def versions_table(made: dict[str, Any]) -> str:
-    """The rows of what the run and this process were made with."""
-    here = versions()
-    names = [name for name in {**made, **here} if name != "data"]
-    return "\n".join(f"| {name} | {made.get(name, '')} | {here.get(name, '')} |" for name in names)
 
 
 # ---- the command line ----

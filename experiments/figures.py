@@ -1,13 +1,12 @@
 """Draw the counterparts of the paper's figures from `results/*.csv`, ours beside theirs, and print what they say.
 
-    python experiments/figures.py --results experiments/results --out figures
+    python -m experiments.figures --results experiments/results --out figures
 
 Ours is the test accuracy of the averaged model, a mean over seeds with its 95 % interval; theirs is one run of
 ResNet-50 on ImageNet per point. A study that has not been run is left out.
 """
 
 import argparse
-import csv
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
+if not __package__:  # as a script
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
-from experiments import sweep
+from experiments import csv_rows
+from experiments.paths import local_path
+from experiments.studies.study import FINAL, TUNING, Row, run_of
 
 PAPER = pathlib.Path(__file__).parent / "results" / "paper.csv"
 COLOURS = {"allreduce": "black", "crossover": "tab:blue", "sgp": "tab:orange", "hierarchical": "tab:green"}
@@ -49,38 +51,42 @@ Accuracies = Mapping[str, Mapping[int, float]]  # of arms, by seed
 def main(argv: Sequence[str]) -> int:
     """Draw what there are results for; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=pathlib.Path, default=PAPER.parent)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the PNGs")
+    parser.add_argument("--results", default=PAPER.parent)
+    parser.add_argument("--out", required=True, help="folder for the PNGs")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(PAPER, newline="") as file:
-        paper = [{name: sweep.number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    try:
+        results, out = local_path("--results", args.results), local_path("--out", args.out)
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    paper = csv_rows.read(PAPER)
     for name, draw in STUDIES.items():
-        found = final_accuracies(sweep.read(args.results / f"{name}.csv"))
+        found = final_accuracies(csv_rows.read(results / f"{name}.csv"))
         if not found:
             print(f"{name}: no results")
             continue
         figure = draw(found, paper)
-        figure.savefig(args.out / f"{name}.png", dpi=110)
-        print(f"\n{name}: {args.out / f'{name}.png'}\n{table(found)}")
-    if tuning := tuning_accuracies(sweep.read(args.results / "batch.csv")):
-        draw_rates(tuning, paper).savefig(args.out / "rates.png", dpi=110)
-        print(f"\nlearning rates: {args.out / 'rates.png'}")
+        figure.savefig(out / f"{name}.png", dpi=110)
+        print(f"\n{name}: {out / f'{name}.png'}\n{table(found)}")
+    if tuning := tuning_accuracies(csv_rows.read(results / "batch.csv")):
+        draw_rates(tuning, paper).savefig(out / "rates.png", dpi=110)
+        print(f"\nlearning rates: {out / 'rates.png'}")
     return 0
 
 
-def final_accuracies(rows: Sequence[sweep.Row]) -> dict[str, dict[int, float]]:
+def final_accuracies(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     """Test accuracies of the final runs; of one that diverged, 0."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:  # of a run the last row stays
-        if row["stage"] == sweep.FINAL:
+        if row["stage"] == FINAL:
             found.setdefault(row["arm"], {})[row["seed"]] = row["accuracy"] or 0.0
     return found
 
 
-def tuning_accuracies(rows: Sequence[sweep.Row]) -> dict[str, dict[float, list[float]]]:
+def tuning_accuracies(rows: Sequence[Row]) -> dict[str, dict[float, list[float]]]:
     """Held-out accuracies of all tuning seeds, by arm and learning rate."""
-    last = {sweep.run_of(row): row["accuracy"] or 0.0 for row in rows if row["stage"] == sweep.TUNING}
+    last = {run_of(row): row["accuracy"] or 0.0 for row in rows if row["stage"] == TUNING}
     found: dict[str, dict[float, list[float]]] = {}
     for run, accuracy in last.items():
         found.setdefault(run.arm, {}).setdefault(run.learning_rate, []).append(accuracy)
@@ -169,12 +175,12 @@ def ours_by(found: Accuracies, prefix: str) -> dict[int, list[float]]:
     return {int(n): list(found[arm].values()) for arm, (name, _, n) in split.items() if name == prefix}
 
 
-def theirs_by(paper: Sequence[sweep.Row], figure: str, method: str, key: str, **which: Any) -> dict[int, list[float]]:
+def theirs_by(paper: Sequence[Row], figure: str, method: str, key: str, **which: Any) -> dict[int, list[float]]:
     rows = [row for row in paper if (row["figure"], row["method"]) == (figure, method)]
     return {row[key]: [row["top1"]] for row in rows if all(row[name] == value for name, value in which.items())}
 
 
-def draw_batch(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
+def draw_batch(found: Accuracies, paper: Sequence[Row]) -> Figure:
     figure, ours, theirs = beside("Accuracy by global mini-batch, 8 workers (figure 7)", "global mini-batch")
     for name in ("allreduce", "sgp", "crossover"):
         plot(ours, ours_by(found, name), name, color=COLOURS[name])
@@ -183,7 +189,7 @@ def draw_batch(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
     return labelled(figure)
 
 
-def draw_rates(tuning: Mapping[str, Mapping[float, Sequence[float]]], paper: Sequence[sweep.Row]) -> Figure:
+def draw_rates(tuning: Mapping[str, Mapping[float, Sequence[float]]], paper: Sequence[Row]) -> Figure:
     """The largest batch of ours, on held-out examples, beside the largest of theirs."""
     batch = max(int(arm.rpartition(" ")[-1]) for arm in tuning)
     figure, ours, theirs = beside(f"Accuracy by learning rate, batch {batch} and 163840 (figure 6)", "learning rate")
@@ -195,7 +201,7 @@ def draw_rates(tuning: Mapping[str, Mapping[float, Sequence[float]]], paper: Seq
     return labelled(figure)
 
 
-def draw_workers(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
+def draw_workers(found: Accuracies, paper: Sequence[Row]) -> Figure:
     figure, ours, theirs = beside("Accuracy by number of workers, fixed global batch (figure 8)", "workers")
     crossover = ours_by(found, "crossover")
     workers = [n for n in crossover if n >= GROUPS]
@@ -216,7 +222,7 @@ def draw_workers(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
     return labelled(figure)
 
 
-def draw_ablations(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
+def draw_ablations(found: Accuracies, paper: Sequence[Row]) -> Figure:
     figure, ours, theirs = beside("What load balancing and segments are worth", "workers")
     for name, method in ABLATIONS.items():
         plot(ours, ours_by(found, name), name)
@@ -227,7 +233,7 @@ def draw_ablations(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
     return labelled(figure)
 
 
-def draw_bars(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
+def draw_bars(found: Accuracies, paper: Sequence[Row]) -> Figure:
     """Differences to AllReduce of the same kind, of AllReduce itself to the first; the paper has none of these."""
     del paper
     figure = Figure(figsize=(8, 0.5 * len(found) + 1.5), layout="constrained")
@@ -236,7 +242,7 @@ def draw_bars(found: Accuracies, paper: Sequence[sweep.Row]) -> Figure:
     arms, differences = list(of_arms), list(of_arms.values())
     axes.barh(arms, [own.mean for own in differences], xerr=[own.half for own in differences], capsize=3)
     axes.axvline(0, color="black", linewidth=1)
-    axes.set(xlabel="test accuracy less that of its AllReduce, points (paired over seeds, 95 %)")
+    axes.set(xlabel="test accuracy minus that of its AllReduce, points (paired over seeds, 95 %)")
     axes.grid(alpha=0.3, axis="x")
     return figure
 

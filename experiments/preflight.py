@@ -1,6 +1,6 @@
 """Compile the very train step of a config for a pod that is not here, and say what it sends and whether it fits.
 
-    python experiments/preflight.py --config=experiments/configs/fashion_mnist.py --topology=v5e:2x4 --num_slices=4
+    python -m experiments.preflight --config=experiments/configs/fashion_mnist.py --topology=v5e:2x4 --num_slices=4
 
 For TPUs the package libtpu is needed, no TPU. `--platform=cpu --num_devices=8` compiles for CPU devices, and
 `--platform=gpu` for the GPUs of this machine. Exit code 0: compiles and fits; 2: does not fit; 1: anything else.
@@ -16,33 +16,36 @@ import time
 from typing import Any
 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
+if not __package__:  # as a script
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app
+from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_integer, DEFINE_string
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, operations, traffic
-from experiments import data, program, report, train
+from experiments import data, flags, report
 from experiments.algorithms import make_algorithm
+from experiments.compiled import collectives, traffic
 from experiments.evaluate import batch_axes
+from experiments.operations import operations
+from experiments.program import Program, make_program, place_workers
+from experiments.settings import check_settings
 
 PyTree = Any
-PLATFORM = flags.DEFINE_enum("platform", "tpu", ["tpu", "cpu", "gpu"], "What to compile for.")
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "A slice, as libtpu names it: v5e:16x16, v5p:4x4x4, v6e:16x16.")
-NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices, connected by the data centre's network (DCN).")
-NUM_DEVICES = flags.DEFINE_integer("num_devices", None, "Devices, for CPUs and GPUs; default: all there are.")
-EXCHANGE_ONLY = flags.DEFINE_bool(
-    "exchange_only", False, "Compile one round of the exchange, without the training step."
-)
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object; sizes in bytes.")
+PLATFORM = DEFINE_enum("platform", "tpu", ["tpu", "cpu", "gpu"], "What to compile for.")
+TOPOLOGY = DEFINE_string("topology", "v5e:2x4", "A slice, as libtpu names it: v5e:16x16, v5p:4x4x4, v6e:16x16.")
+NUM_SLICES = DEFINE_integer("num_slices", 1, "Slices, connected by the data centre's network (DCN).")
+NUM_DEVICES = DEFINE_integer("num_devices", None, "Devices, for CPUs and GPUs; default: all there are.")
+EXCHANGE_ONLY = DEFINE_bool("exchange_only", False, "Compile one round of the exchange, without the training step.")
+JSON = DEFINE_bool("json", False, "Print one JSON object; sizes in bytes.")
 
 
 class DoesNotFit(Exception):
@@ -54,45 +57,47 @@ def preflight(config: ml_collections.ConfigDict, devices: list[jax.Device], *, e
 
     Raises `DoesNotFit` with the compiler's own figures, and `ValueError` for settings that do not fit together.
     """
-    program.check_settings(config)
-    mesh = program.place_workers(config, devices)
+    check_settings(config)
+    mesh = place_workers(config, devices)
     if not isinstance(mesh, Mesh):
         raise ValueError(
             f"`config.simulate` must be 'auto' or 'no' for {len(devices)} devices, got {config.simulate!r}."
         )
     dataset = data.describe(config.dataset.name, sequence=config.dataset.sequence)
-    made = program.make_program(config, dataset, mesh, num_steps=config.steps or 1000)
-    assert made.specs is not None
-    state = of_workers(made.shapes, mesh, made.specs)
-    batch = of_workers(data.batch_shapes(dataset, config.batch_size // config.num_workers), mesh, P(batch_axes(mesh)))
+    program = make_program(config, dataset, mesh, num_steps=config.steps or 1000)
+    assert program.specs is not None
+    state = cj.abstract_copies(program.shapes, mesh, specs=program.specs)
+    batch = data.batch_shapes(dataset, config.batch_size // config.num_workers)
+    batch = cj.abstract_copies(batch, mesh, specs=P(batch_axes(mesh)))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     found = {
         "devices": len(devices),
         "workers": config.num_workers,
         "inside": {name: size for name, size in mesh.shape.items() if name != "worker"},
         "memory_bytes_per_chip": available_memory(devices[0]),
-        "model_bytes": num_bytes(made.shapes.params),
+        "model_bytes": num_bytes(program.shapes.params),
         "parameter_bytes_per_chip": bytes_per_chip(state.params),
         "optimizer_bytes_per_chip": bytes_per_chip(state.algorithm),
         "batch_bytes_per_chip": bytes_per_chip(batch),
     }
     try:
-        found["exchange"] = of_compiled(exchange(config, made, mesh), (state.params, step), mesh)
+        found["exchange"] = of_compiled(exchange(config, program, mesh), (state.params, step), mesh)
         if not exchange_only:
-            found["step"] = of_compiled(made.step, (state, batch, step), mesh)
+            found["step"] = of_compiled(program.step, (state, batch, step), mesh)
     except DoesNotFit as error:
         raise DoesNotFit(f"{error}\n{as_table(found)}") from None
     return found
 
 
-def exchange(config: ml_collections.ConfigDict, made: program.Program, mesh: Mesh) -> jax.stages.Wrapped:
+def exchange(config: ml_collections.ConfigDict, program: Program, mesh: Mesh) -> jax.stages.Wrapped:
     """One round of the config's algorithm and nothing else: its optimizer adds what it is given."""
-    assert made.specs is not None
-    specs = made.specs.params
-    algorithm = make_algorithm(config.algorithm, optax.identity(), config.num_workers, made.shapes.params, specs)
+    assert program.specs is not None
+    specs = program.specs.params
+    algorithm = make_algorithm(config, optax.identity(), program.shapes.params, specs)
 
     def mix(params, step):
-        updates = jax.tree.map(lambda x: 0 * x, params)  # which the compiler cannot fold away, as it does zeros
+        # Not zeros, which the compiler folds away; integers, among which an algorithm looks for no NaN.
+        updates = jax.tree.map(lambda x: (0 * x).astype(np.int32), params)
         return algorithm.update(updates, algorithm.init(params), params, step)[0]
 
     return cj.per_worker(mix, mesh, replicated=(1,), out_specs=specs)
@@ -126,18 +131,6 @@ def of_compiled(run: jax.stages.Wrapped, args: tuple[PyTree, ...], mesh: Mesh) -
         "conditionals": None if text is None else collectives(text)["conditional"],
         "collectives": None if text is None else [row._asdict() for row in traffic(text, mesh)],
     }
-
-
-def of_workers(tree: PyTree, mesh: Mesh, specs: PyTree) -> PyTree:
-    """Shapes of one worker's values as those of all workers in their places; `specs` may be a prefix."""
-
-    def placed(spec, below):
-        sharding = NamedSharding(mesh, P("worker", *spec))
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((mesh.shape["worker"], *x.shape), x.dtype, sharding=sharding), below
-        )
-
-    return jax.tree.map(placed, specs, tree, is_leaf=lambda x: isinstance(x, P))
 
 
 def num_bytes(tree: PyTree) -> int:
@@ -221,7 +214,7 @@ def devices_of_flags() -> list[jax.Device]:
 def main(argv: list[str]) -> None:
     del argv
     try:
-        found = preflight(train.CONFIG.value, devices_of_flags(), exchange_only=EXCHANGE_ONLY.value)
+        found = preflight(flags.CONFIG.value, devices_of_flags(), exchange_only=EXCHANGE_ONLY.value)
     except DoesNotFit as error:
         print(f"does not fit: {error}", file=sys.stderr)
         sys.exit(2)
@@ -235,4 +228,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=train.parse_flags)
+    app.run(main, flags_parser=flags.parse_flags)

@@ -1,10 +1,5 @@
-"""From a config to what is run: mesh, model, algorithm, step, placements, and what must be alike on all processes."""
+"""From a config to what is run: mesh, model, algorithm, step and placements."""
 
-import importlib.metadata
-import inspect
-import math
-import operator
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,11 +13,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import wire_bytes
-from crossover_jax.cuts import Cut, flatten
+from crossover_jax.leaves import flatten
+from crossover_jax.traced import wire_bytes
 from experiments import data, models, processes
-from experiments.algorithms import ALGORITHMS, make_algorithm, make_cut, make_optimizer, require_known
+from experiments.algorithms import make_algorithm, own_keys
 from experiments.evaluate import batch_axes
+from experiments.optimizers import make_optimizer
 from experiments.step import TrainState, init_state, make_train_step
 
 PyTree = Any
@@ -33,7 +29,7 @@ class Program(NamedTuple):
 
     algorithm: cj.Algorithm
     apply: Callable
-    leaves: list[str]  # of a gradient: its parameters by name, with the segments they are in
+    leaves: list[str]  # of a gradient: the names of its parameters
     init: Callable[[], TrainState]  # one worker's first state
     shapes: TrainState  # of one worker's state
     specs: TrainState | None  # how it lies inside a worker; None where workers are simulated
@@ -50,7 +46,7 @@ class Program(NamedTuple):
 def make_program(
     config: ml_collections.ConfigDict,
     dataset: data.Dataset,
-    where: Mesh | int,
+    workers: Mesh | int,
     num_steps: int,
     *,
     seed: int | jax.Array | None = None,
@@ -76,46 +72,22 @@ def make_program(
 
     params, model_state = jax.eval_shape(build)
     graphdef = graphdefs[0]
-    of_params = None if isinstance(where, int) else param_specs(config, where, graphdef, params, model_state)
-    optimizer = make_optimizer(config.optimizer, num_steps, learning_rate)
-    algorithm = make_algorithm(config.algorithm, optimizer, config.num_workers, params, of_params)
+    of_params = None if isinstance(workers, int) else param_specs(config, workers, graphdef, params, model_state)
+    optimizer = make_optimizer(config, num_steps, learning_rate)
+    algorithm = make_algorithm(config, optimizer, params, of_params)
     shapes = jax.eval_shape(partial(init_state, algorithm=algorithm), params, model_state)
     specs = None
     if of_params is not None:
         specs = TrainState(of_params, P(), cj.state_specs(shapes.algorithm, params, of_params))
     apply = make_apply(graphdef, dataset)
     loss = partial(loss_fn, apply, label_smoothing=config.label_smoothing)
-    step = make_train_step(loss, algorithm, where, seed=seed, micro_batches=config.micro_batches, specs=specs)
-    cut = make_cut(config.algorithm, config.num_workers, params)
-    if cut is not None and cut.is_equal and not isinstance(where, int) and where.size > config.num_workers:
-        cut = None  # each device cuts its own part
-    leaves = describe_leaves(params, cut)
+    step = make_train_step(loss, algorithm, workers, seed=seed, micro_batches=config.micro_batches, specs=specs)
+    names, _, _ = flatten(params)
 
     def init() -> TrainState:
         return init_state(*build(), algorithm)
 
-    return Program(algorithm, apply, leaves, init, shapes, specs, step, *placements(where))
-
-
-def describe_leaves(params: PyTree, cut: Cut | None) -> list[str]:
-    """The parameters by name, each with the segments it is in.
-
-    >>> describe_leaves({"b": np.zeros(2), "w": np.zeros(4)}, cj.by_size(3))
-    ['b (segment 0 of 3)', 'w (segments 1 to 2 of 3)']
-    """
-    names, leaves, _ = flatten(params)
-    if cut is None:
-        return names
-    for packing in cut.packings(names, leaves):
-        ends = np.cumsum([math.prod(leaves[i].shape) for i in packing.leaves])
-        for i, end in zip(packing.leaves, ends, strict=True):
-            inside = [end - math.prod(leaves[i].shape), max(end - 1, 0)]
-            first, last = np.searchsorted(packing.bounds[1:-1], inside, side="right")
-            which = f"segment {first}" if first == last else f"segments {first} to {last}"
-            names[i] += f" ({which} of {cut.num_segments})"
-        for i, *_ in packing.split:
-            names[i] += f" (a part in each of {cut.num_segments} segments)"
-    return names
+    return Program(algorithm, apply, names, init, shapes, specs, step, *placements(workers))
 
 
 def param_specs(
@@ -163,105 +135,6 @@ def train_batches(
     )
 
 
-def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Config, code and versions, by the names a person would look for; data may lie elsewhere on every host."""
-    own = {f"config.{key}": value for key, value in flat_settings(config).items() if key != "dataset.data_dir"}
-    return {**own, **versions()}
-
-
-def versions() -> dict[str, str]:
-    """Of the code and of what computes."""
-    names = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
-    return {"code": processes.code_version(), **{name: importlib.metadata.version(name) for name in names}}
-
-
-def device_counts() -> str:
-    """How many devices each process has, and of which kind.
-
-    >>> device_counts()
-    '64 cpu'
-    """
-    counts = [0] * jax.process_count()
-    for device in jax.devices():
-        counts[device.process_index] += 1
-    return f"{', '.join(map(str, counts))} {jax.devices()[0].platform}"
-
-
-def fingerprint(config: ml_collections.ConfigDict, program: Program, *datasets: data.Dataset) -> dict[str, Any]:
-    """What the settings made: a numpy of another version may draw other permutations from the same seed."""
-    exchange, table = exchange_digests(program, config.num_workers)
-    return {
-        "pool and cut": exchange,
-        "table": table,
-        "data": ", ".join(dataset.digest for dataset in datasets),
-    }
-
-
-def flat_settings(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """A config's values by their dotted names.
-
-    >>> flat_settings({"seed": 0, "model": {"name": "mlp"}})
-    {'seed': 0, 'model.name': 'mlp'}
-    """
-    found = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        nested = isinstance(value, ml_collections.ConfigDict | dict)
-        found |= flat_settings(value, f"{name}.") if nested else {name: value}
-    return found
-
-
-def exchange_digests(program: Program, num_workers: int) -> tuple[str, str]:
-    """Digests of the traced exchange (permutations, shares, segments) and of the arrays it reads (the table)."""
-    state, step = program.shapes, jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.make_jaxpr(
-        lambda s, t: program.algorithm.update(s.params, s.algorithm, s.params, t), axis_env=[("worker", num_workers)]
-    )(state, step)
-    text = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))  # addresses of functions
-    return processes.digest(text.encode()), processes.digest(*(np.asarray(x) for x in traced.consts))
-
-
-def check_settings(config: ml_collections.ConfigDict) -> None:
-    """Raise `ValueError` for the first setting that is wrong whatever the data and the machine."""
-    must = {
-        "simulate": (config.simulate in ("auto", "yes", "no"), "'auto', 'yes' or 'no'"),
-        "num_workers": (config.num_workers >= 1, "at least 1"),
-        "batch_size": (config.batch_size >= 1, "at least 1"),
-        "micro_batches": (config.micro_batches >= 1, "at least 1"),
-        "steps": (config.steps >= 0, "at least 0"),
-        "epochs": (config.steps > 0 or config.epochs > 0, "positive where `config.steps` is 0"),
-        "log_every": (config.log_every >= 1, "at least 1"),
-        "eval_every": (config.eval_every > 0, "positive"),
-        "eval_batch_size": (config.eval_batch_size >= 1, "at least 1"),
-        "algorithm.rounds": (config.algorithm.rounds >= 1, "at least 1"),
-        "algorithm.local_steps": (config.algorithm.local_steps >= 1, "at least 1"),
-        "algorithm.in_flight": (config.algorithm.in_flight >= 0, "at least 0"),
-        "algorithm.renew": (config.algorithm.renew >= 0, "at least 0"),
-        "checkpoint.every": (config.checkpoint.every >= 0, "at least 0"),
-        "checkpoint.keep": (config.checkpoint.keep >= 1, "at least 1"),
-        "on_nan": (config.on_nan in ("stop", "rollback"), "'stop' or 'rollback'"),
-        "max_rollbacks": (config.max_rollbacks >= 0, "at least 0"),
-        "optimizer.warmup": (0 <= config.optimizer.warmup <= 1, "from 0 to 1"),
-        "optimizer.tail": (0 <= config.optimizer.tail <= 1 - config.optimizer.warmup, "from 0 to 1 less the warm-up"),
-        "label_smoothing": (0 <= config.label_smoothing < 1, "from 0 to less than 1"),
-        "inner.fsdp": (config.inner.fsdp >= 1, "at least 1"),
-        "inner.tensor": (config.inner.tensor >= 1, "at least 1"),
-    }
-    for key, (holds, requirement) in must.items():
-        if not holds:
-            raise ValueError(f"`config.{key}` must be {requirement}, got {operator.attrgetter(key)(config)!r}.")
-    require_known("config.dataset.name", config.dataset.name, data.DATASETS)
-    require_known("config.model.name", config.model.name, models.MODELS)
-    require_known("config.algorithm.name", config.algorithm.name, ALGORITHMS)
-    taken = inspect.signature(models.MODELS[config.model.name]).parameters
-    options = [name for name in taken if name not in ("depth", "num_classes", "image_shape", "rngs")]
-    if unknown := [name for name in config.model.options if name not in options]:
-        raise ValueError(
-            f"`config.model.options` must be among {', '.join(options)} for {config.model.name}, got "
-            f"{', '.join(unknown)}; --config.model.options={{}} leaves all at their defaults."
-        )
-
-
 def place_workers(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> Mesh | int:
     """A mesh of workers, or their number where one device simulates them all.
 
@@ -301,18 +174,18 @@ def place_workers(config: ml_collections.ConfigDict, devices: Sequence[jax.Devic
     return cj.make_mesh(config.num_workers, {k: v for k, v in inner.items() if v > 1}, devices=devices)
 
 
-def placements(where: Mesh | int) -> tuple[Callable, Callable, Callable]:
+def placements(workers: Mesh | int) -> tuple[Callable, Callable, Callable]:
     """Which part of `[workers, per worker]` this process reads, and what puts a batch and the step in place."""
-    if isinstance(where, int):
+    if isinstance(workers, int):
         return (
             lambda shape: (slice(0, shape[0]), slice(0, shape[1])),
             jax.device_put,
             lambda t: jax.device_put(np.int32(t)),
         )
-    spec, everywhere = P(batch_axes(where)), NamedSharding(where, P())
+    spec, everywhere = P(batch_axes(workers)), NamedSharding(workers, P())
     return (
-        partial(cj.local_part, where=where, spec=spec),
-        partial(cj.from_local, where=where, spec=spec),
+        partial(cj.local_part, workers=workers, spec=spec),
+        partial(cj.from_local, workers=workers, spec=spec),
         lambda t: processes.place(np.int32(t), everywhere),
     )
 
@@ -367,7 +240,8 @@ def wire_bytes_per_step(algorithm: cj.Algorithm, params: PyTree, config: ml_coll
     Over eight of them, or until a reference is renewed.
     """
     state = jax.eval_shape(algorithm.init, params)
-    num_steps = max(8 * config.algorithm.local_steps, config.algorithm.renew)
+    own = own_keys(config)
+    num_steps = max(8 * own.get("local_steps", 1), own.get("renew_every") or 0)
 
     def sent(step: int) -> float:
         def update(params, state):

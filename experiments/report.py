@@ -1,9 +1,13 @@
-"""What a run shows and leaves behind: a progress bar, `metrics.jsonl`, TensorBoard events, `curves.png` and a table."""
+"""What a run shows and leaves behind: a progress bar, rows of metrics for people and programs, curves and a table.
+
+workdir/metrics.jsonl   a row of metrics a line
+workdir/events.*        the same for TensorBoard
+workdir/status.json     where the run is: the step that it went on from, and the one of its last row
+workdir/curves.png      accuracy, loss and consensus distance
+"""
 
 import contextlib
-import fcntl
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -11,56 +15,45 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
+from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
 from tqdm import tqdm
 
 from experiments import processes
+from experiments.workdir import METRICS, STATUS, Row, append, read_rows, rewrite
 
-Row = dict[str, Any]
-METRICS = "metrics.jsonl"
-
-
-def open_workdir(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder, made if it is missing. Raises `ValueError` if it cannot be written."""
-    workdir = pathlib.Path(path).expanduser()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / METRICS).touch()
-    except OSError as error:
-        raise ValueError(f"`workdir` must be a folder that can be written, got {path}: {error.strerror}.") from None
-    return workdir
+EVENTS = "TensorBoard's file"
 
 
-def require_no_rows(workdir: pathlib.Path) -> None:
-    """Raise `ValueError` if there are metrics of a run that cannot be resumed."""
-    if (workdir / METRICS).stat().st_size:
-        raise ValueError(
-            f"`workdir` must not hold the {METRICS} of a run without checkpoints, got {workdir}: name another one."
-        )
+class Unwritten(Exception):
+    """Rows of metrics are lost."""
 
 
-@contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold `workdir` for this process; the system lets go of it however the process ends. Raises `ValueError`."""
-    with open(workdir / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"`workdir` must be of one run at a time, got {workdir} where another runs.") from None
-        except OSError as error:  # a file system without locks
-            processes.say(f"WARNING: two runs on {workdir} would not notice each other: {error.strerror}")
-        yield
+class Events:
+    """A file for TensorBoard; a row is on the disk when `add` returns, for a killed process keeps nothing else.
 
+    (`tensorboardX.SummaryWriter` writes behind a queue, and would lose what metrics.jsonl has.)
+    """
 
-def read_rows(workdir: pathlib.Path, last_step: int) -> list[Row]:
-    """The rows up to `last_step`; a line that a dying process left unfinished is none."""
-    rows = []
-    for line in (workdir / METRICS).read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            row = json.loads(line)
-            if (rows[-1]["step"] if rows else 0) < row["step"] <= last_step:
-                rows.append(row)
-    return rows
+    def __init__(self, workdir: pathlib.Path, first_step: int):
+        self._writer = EventsWriter(str(workdir / "events"))
+        if first_step:  # TensorBoard then forgets what an earlier process wrote of later steps
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(step=first_step + 1, session_log=start))
+        self._writer.flush()
+
+    def add(self, row: Row) -> None:
+        values = [Summary.Value(tag=name, simple_value=row[name]) for name in row.keys() - {"step"}]
+        self._write(Event(step=row["step"], summary=Summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
 
 
 class Log:
@@ -95,7 +88,9 @@ class Log:
         self._wire_bytes = wire_bytes_per_step
         if workdir is not None:
             rewrite(workdir / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
-            self._events = SummaryWriter(str(workdir), purge_step=first_step + 1 if first_step else None)
+            self._status = {"began": time.time(), "start": first_step, "step": first_step, "num_steps": num_steps}
+            rewrite(workdir / STATUS, json.dumps(self._status))  # behind the rows: who sees it sees those of this run
+            self._events = Events(workdir, first_step)
         self._unwritten = ""
         self._bar = tqdm(
             total=num_steps,
@@ -144,12 +139,24 @@ class Log:
             self._write(row, self._workdir / METRICS)
         return row
 
+    def end(self) -> None:
+        """Write what a full disk refused, for there is no next row. Raises `Unwritten`."""
+        if self._workdir is None or not self._unwritten:
+            return
+        try:
+            append(self._workdir / METRICS, self._unwritten)
+        except OSError as error:
+            lost = self._unwritten.count("\n")
+            raise Unwritten(f"the last {lost} rows of {METRICS} could not be written: {error.strerror}.") from None
+        self._unwritten = ""
+
     def close(self) -> None:
         """End the files and draw the curves of what there is; also for a run that was stopped."""
         self._bar.close()
         if self._workdir is None:
             return
-        self._events.close()
+        with saying(EVENTS):
+            self._events.close()
         if self.rows:
             with saying("curves.png"):
                 draw_curves(self.rows, self._workdir / "curves.png", self._title)
@@ -163,12 +170,15 @@ class Log:
     def _write(self, row: Row, path: pathlib.Path) -> None:
         if "consensus_distance" in row:
             self._bar.write(_summary(row))
+        with saying(EVENTS):  # first: a process that dies between the two leaves no row that TensorBoard has not
+            self._events.add(row)
         self._unwritten += json.dumps(row) + "\n"
         with saying(METRICS):
             append(path, self._unwritten)
             self._unwritten = ""  # else of a full disk: with the next row
-        for name in row.keys() - {"step"}:
-            self._events.add_scalar(name, row[name], row["step"])
+        self._status["step"] = row["step"]
+        with saying(STATUS):
+            rewrite(path.with_name(STATUS), json.dumps(self._status))
 
 
 @contextlib.contextmanager
@@ -178,26 +188,6 @@ def saying(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         processes.say(f"WARNING: {what} could not be written, the run goes on: {error.strerror}")
-
-
-def append(path: pathlib.Path, text: str) -> None:
-    """Add to a file all or nothing, on the disk when it returns: a checkpoint must not be newer than its rows."""
-    size = path.stat().st_size
-    try:
-        with open(path, "a") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        os.truncate(path, size)
-        raise
-
-
-def rewrite(path: pathlib.Path, text: str) -> None:
-    """Replace a file by another in one step."""
-    new = path.with_suffix(".new")
-    new.write_text(text)
-    new.replace(path)
 
 
 def _summary(row: Row) -> str:

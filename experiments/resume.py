@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 import crossover_jax as cj
 from experiments import checkpoint, data, processes
 from experiments.checkpoint import Damaged
-from experiments.program import Program, flat_settings, make_program
+from experiments.program import Program, make_program
+from experiments.settings import flat_settings
 from experiments.step import TrainState
 
 MATRICES = {"overlap": cj.overlap_matrix, "average": cj.average_matrix}
@@ -24,7 +25,7 @@ OF_WORKERS = ("num_workers", "simulate", "inner.fsdp", "inner.tensor")  # what -
 class Resume(NamedTuple):
     """What may differ from the run that left the checkpoint."""
 
-    workers: str | None = None  # "overlap" or "average": how another number of workers takes over
+    matrix: str | None = None  # "overlap" or "average": how another number of workers takes over
     allow: Sequence[str] = ()  # keys of the config
 
 
@@ -46,67 +47,86 @@ def first_or_restored(
     config: ml_collections.ConfigDict,
     program: Program,
     train_set: data.Dataset,
-    where: Mesh | int,
-    made: dict[str, Any],
+    workers: Mesh | int,
+    provenance: dict[str, Any],
     resume: Resume,
 ) -> Start:
     """The newest whole checkpoint of `workdir`, or the first state where there is none; damaged ones are set aside.
 
-    `made` is what the settings made and with which versions, compared with what the checkpoint recorded. All processes
-    must call this. Raises `ValueError` for a config that the checkpoint was not made with, and if all are damaged.
+    `provenance` is versions and digests, compared with what the checkpoint recorded. All processes must call this.
+    Raises `ValueError` for a config that the checkpoint was not made with, and if all are damaged.
     """
-    damaged: list[int] = []
-    for step in reversed(checkpoint.steps(workdir)):
-        state: TrainState | Any = None
-        record: dict[str, Any] = {}
-        error = None
-        try:
-            record = checkpoint.read_record(workdir, step)
-            check_config(record["config"], settings_of(config) | {"data": made["data"]}, resume)
-            like = _like(record, config, program, train_set, where)
-            state = checkpoint.restore(workdir, record, like)
-        except (Damaged, ValueError) as caught:
-            error = caught
-        message = processes.failures(error)
-        if isinstance(error, ValueError):
-            raise error
-        if not message:
-            try:
-                checkpoint.verify(record, state)
-            except Damaged as caught:
-                message = str(caught)
-        if not message:
-            break
-        processes.say(f"WARNING: the checkpoint of step {step} is damaged: {message}")
-        damaged.append(step)
-    else:
+    now = as_json(config) | {"data": provenance["data"]}
+
+    def attempt(step: int) -> tuple[dict[str, Any], TrainState]:
+        return _restored(workdir, step, now, resume, lambda record: _like(record, config, program, train_set, workers))
+
+    def tell(step: int, error: Damaged) -> None:
+        processes.say(f"WARNING: the checkpoint of step {step} is damaged: {error}")
+
+    found, damaged = checkpoint.newest_whole(workdir, attempt, tell)
+    if found is None:
         if damaged:
             raise ValueError(
                 f"`workdir` must hold a whole checkpoint, got {workdir} where all {len(damaged)} are damaged; nothing "
                 "was deleted: name another one to begin anew."
             )
-        state = cj.copies(program.init, where, specs=program.specs)
+        state = cj.copies(program.init, workers, specs=program.specs)
         cj.check_copies(state)
         return Start(state)
+    record, state = found
     if damaged:
-        if processes.is_first():
-            checkpoint.set_aside(workdir, damaged)
-        processes.failures(None)  # wait for it
-        processes.say(f"going back to step {record['step']}; the damaged are in {workdir / checkpoint.DAMAGED}")
+        _set_aside(workdir, damaged, record["step"])
     if record["num_workers"] == config.num_workers:
-        for name, value in made.items():
-            if (was := record["made"].get(name)) != value:
-                processes.say(f"WARNING: {name} is {value}, the checkpoint was made with {was}: not the same bits")
+        _warn_of_differences(provenance, record["provenance"])
     else:
-        assert resume.workers is not None  # or the config had been refused
-        state = _resized(state, record["num_workers"], config, resume.workers, program, where)
+        assert resume.matrix is not None  # or the config had been refused
+        state = _resized(state, record["num_workers"], config, resume.matrix, program, workers)
     return Start(state, record["step"], record["rollbacks"], record["best"] and tuple(record["best"]), record["log"])
 
 
-def settings_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def _restored(
+    workdir: pathlib.Path,
+    step: int,
+    now: dict[str, Any],
+    resume: Resume,
+    like: Callable[[dict[str, Any]], TrainState],
+) -> tuple[dict[str, Any], TrainState]:
+    """Record and state of one checkpoint. All processes raise `Damaged` if it is so for one of them."""
+    record, state, error = {}, None, None
+    try:
+        record = checkpoint.read_record(workdir, step)
+        check_config(record["config"], now, resume)
+        state = checkpoint.restore(workdir, record, like(record))
+    except (Damaged, ValueError) as caught:
+        error = caught
+    message = processes.failures(error)
+    if isinstance(error, ValueError):
+        raise error
+    if message:
+        raise Damaged(message)
+    checkpoint.verify(record, state)
+    assert state is not None
+    return record, state
+
+
+def _set_aside(workdir: pathlib.Path, damaged: Sequence[int], step: int) -> None:
+    if processes.is_first():
+        checkpoint.set_aside(workdir, damaged)
+    processes.failures(None)  # wait for it
+    processes.say(f"going back to step {step}; the damaged are in {workdir / checkpoint.DAMAGED}")
+
+
+def _warn_of_differences(provenance: dict[str, Any], recorded: dict[str, Any]) -> None:
+    for name, value in provenance.items():
+        if (was := recorded.get(name)) != value:
+            processes.say(f"WARNING: {name} is {value}, the checkpoint was made with {was}: not the same bits")
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """A config's values by dotted names, as JSON gives them back.
 
-    >>> settings_of(ml_collections.ConfigDict({"model": {"options": {"hidden": (32,)}}}))
+    >>> as_json(ml_collections.ConfigDict({"model": {"options": {"hidden": (32,)}}}))
     {'model.options.hidden': [32]}
     """
     return json.loads(json.dumps(flat_settings(config)))
@@ -125,7 +145,7 @@ def check_config(was: dict[str, Any], now: dict[str, Any], resume: Resume) -> No
         raise ValueError(
             f"`config.batch_size` must stay {was['batch_size']} in this workdir, got {now['batch_size']}: name another."
         )
-    allowed = {*resume.allow, *(OF_WORKERS if resume.workers else ())}
+    allowed = {*resume.allow, *(OF_WORKERS if resume.matrix else ())}
     if wrong := [key for key in changed if key not in allowed]:
         found = "; ".join(f"{key} is {was.get(key)}, not {now.get(key)}" for key in wrong)
         flags = []
@@ -144,17 +164,17 @@ def _like(
     config: ml_collections.ConfigDict,
     program: Program,
     train_set: data.Dataset,
-    where: Mesh | int,
+    workers: Mesh | int,
 ) -> TrainState:
     """Shapes and places of the checkpoint's state: for other workers theirs, spread over these devices."""
     num_workers = record["num_workers"]
     if num_workers == config.num_workers:
-        return cj.abstract_copies(program.shapes, where, specs=program.specs)
+        return cj.abstract_copies(program.shapes, workers, specs=program.specs)
     theirs = config.copy_and_resolve_references()
     with theirs.unlocked():
         theirs.num_workers = num_workers
     shapes = make_program(theirs, train_set, num_workers, 1).shapes
-    return checkpoint.spread(cj.abstract_copies(shapes, num_workers), where)
+    return checkpoint.spread(cj.abstract_copies(shapes, num_workers), workers)
 
 
 def _resized(
@@ -163,11 +183,10 @@ def _resized(
     config: ml_collections.ConfigDict,
     how: str,
     program: Program,
-    where: Mesh | int,
+    workers: Mesh | int,
 ) -> TrainState:
     processes.say(f"resuming {num_workers} workers on {config.num_workers}: {how}")
-    cj.check_counters(state)
     matrix = MATRICES[how](num_workers, config.num_workers)
-    target = cj.abstract_copies(program.shapes, where, specs=program.specs)
+    target = cj.abstract_copies(program.shapes, workers, specs=program.specs)
     shardings = jax.tree.map(lambda x: x.sharding, target)
     return jax.jit(partial(cj.resize, matrix=matrix), out_shardings=shardings)(state)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from crossover_jax import Algorithm, per_worker
 from experiments import processes
+from experiments.optimizers import FiniteState
 
 PyTree = Any
 # (params, model_state, batch, key) -> (loss, (model_state, metrics))
@@ -64,8 +65,15 @@ def train_step(
         model_state, (grads, metrics) = _accumulate(one, state.model_state, batch, micro_batches)
     bad = jnp.stack([~jnp.isfinite(optax.tree.norm(leaf)) for leaf in jax.tree.leaves(grads)])
     metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "bad_leaves": bad.sum(), "first_bad": bad.argmax()}
-    params, inner = algorithm.update(grads, state.algorithm, state.params, step)
-    return TrainState(params, model_state, inner), metrics
+    params, own = algorithm.update(grads, state.algorithm, state.params, step)
+    flags = [x.finite for x in jax.tree.leaves(own, is_leaf=_is_flag) if _is_flag(x)]
+    if flags:  # no number tells of an update that was left out: NaN, for which `fetch` looks
+        metrics["update"] = jnp.where(jnp.stack(flags).all(), 0.0, jnp.nan)
+    return TrainState(params, model_state, own), metrics
+
+
+def _is_flag(node: Any) -> bool:
+    return isinstance(node, FiniteState)
 
 
 def _accumulate(one: Callable, model_state: PyTree, batch: PyTree, micro_batches: int) -> tuple[PyTree, PyTree]:
@@ -88,7 +96,7 @@ def _accumulate(one: Callable, model_state: PyTree, batch: PyTree, micro_batches
 def make_train_step(
     loss_fn: LossFn,
     algorithm: Algorithm,
-    where: Mesh | int,
+    workers: Mesh | int,
     *,
     seed: int | jax.Array = 0,
     micro_batches: int = 1,
@@ -96,13 +104,13 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """All workers' `(state, batch, step) -> (state, metrics)`, jitted; metrics stay per worker, `[workers]`.
 
-    `state` and `batch` have a leading axis of workers, `step` is one replicated integer; `state` is donated. `where` is
-    a mesh or the number of workers to simulate on one device; `specs` is how the state lies inside a worker.
+    `state` and `batch` have a leading axis of workers, `step` is one replicated integer; `state` is donated. `workers`
+    is a mesh or the number of workers to simulate on one device; `specs` is how the state lies inside a worker.
     """
     step = partial(
         train_step, loss_fn=loss_fn, algorithm=algorithm, seed=seed, micro_batches=micro_batches, specs=specs
     )
-    return per_worker(step, where, replicated=(2,), out_specs=(specs, None))
+    return per_worker(step, workers, replicated=(2,), out_specs=(specs, None))
 
 
 class Diverged(Exception):
@@ -123,14 +131,14 @@ def fetch(
         for name, values in stacked.items():
             wrong = np.flatnonzero(~np.isfinite(values[i]))
             if wrong.size:
-                worker, where = wrong[0], ""
+                worker, detail = wrong[0], ""
                 if leaves and (count := stacked["bad_leaves"][i, worker]):
-                    where = (
+                    detail = (
                         f"; its gradient is not finite in {count} of {len(leaves)} parameters, first in "
                         f"{leaves[stacked['first_bad'][i, worker]]}"
                     )
                 raise Diverged(
                     f"{name} of worker {worker} is {values[i, worker]} at step {first_step + i} ({wrong.size} of "
-                    f"{values.shape[1]} workers){where}: lower `config.optimizer.learning_rate`, or look at the data."
+                    f"{values.shape[1]} workers){detail}: lower `config.schedule.learning_rate`, or look at the data."
                 )
     return stacked

@@ -1,6 +1,6 @@
 """Train a model by AllReduce-SGD, SGP, Crossover-SGD or one of their kin, on a mesh or simulated on one device.
 
-python experiments/train.py --config=experiments/configs/fashion_mnist.py --workdir=runs/fashion_mnist
+python -m experiments.train --config=experiments/configs/fashion_mnist.py --workdir=runs/fashion_mnist
 """
 
 import contextlib
@@ -15,62 +15,23 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import app, logging
+from absl import flags as absl_flags
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
+if not __package__:  # `python experiments/train.py`: import from the folder above, as `-m experiments.train` does
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 import crossover_jax as cj
-from experiments import checkpoint, data, processes, report
-from experiments.checkpoint import Checkpoints
+from experiments import checkpoint, data, flags, processes, report
+from experiments.checkpoint import Checkpoints, NotSaved
 from experiments.evaluate import make_evaluate
-from experiments.program import (
-    Program,
-    check_settings,
-    device_counts,
-    fingerprint,
-    make_program,
-    place_workers,
-    settings,
-    steps_of,
-    train_batches,
-    versions,
-    wire_bytes_per_step,
-)
-from experiments.resume import MATRICES, SAME, Resume, Start, first_or_restored, settings_of
+from experiments.program import Program, make_program, place_workers, steps_of, train_batches, wire_bytes_per_step
+from experiments.resume import SAME, Resume, Start, as_json, first_or_restored
+from experiments.settings import check_settings, device_counts, fingerprint, run_identity, versions
 from experiments.step import Diverged, TrainState, fetch
+from experiments.workdir import locked, open_workdir, require_no_rows
 
 PyTree = Any
-DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs/fashion_mnist.py"
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, f"The experiment, a Python file; default {DEFAULT_CONFIG.name}."
-)
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where metrics, curves, logs and checkpoints go; a run that it holds goes on."
-)
-RESUME_WORKERS = flags.DEFINE_enum(
-    "resume_workers",
-    None,
-    list(MATRICES),
-    "How a run resumes with another number of workers: neighbours averaged or copied, or all from everybody's average.",
-)
-ALLOW_CONFIG_CHANGE = flags.DEFINE_list(
-    "allow_config_change", [], "Keys of the config that may differ from the run in --workdir."
-)
-COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for many processes started by hand.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
-DISTRIBUTED = flags.DEFINE_enum(
-    "distributed",
-    "auto",
-    ["auto", "yes", "no"],
-    "Join other processes: yes lets JAX find the cluster (TPU pods, Slurm, Open MPI, Kubernetes), auto does so where "
-    "Slurm or Open MPI started several tasks.",
-)
-INITIALIZATION_TIMEOUT = flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for all processes.")
-HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
-    "heartbeat_timeout", 100, "Seconds without a sign of life after which a process is dead, and all others end."
-)
 
 
 class Preempted(Exception):
@@ -88,7 +49,7 @@ class Job(NamedTuple):
     evaluate: Callable[[int, TrainState], report.Row]
     num_steps: int
     steps_per_epoch: float
-    made: dict[str, Any]  # versions, and digests of what the settings made
+    provenance: dict[str, Any]  # versions, and digests of what the settings became
 
 
 def train(
@@ -101,61 +62,23 @@ def train(
     """Run the experiment on `devices` (default: all); the workers' last state and the rows of metrics.
 
     Where `workdir` has checkpoints of this config, the run goes on behind the newest whole one. Raises `ValueError` for
-    settings that do not fit together or not what the checkpoints were made with, `data.DataMissing`, `Diverged`, and
-    `Preempted` after SIGTERM.
+    settings that do not fit together or not what the checkpoints were made with, `data.DataMissing`, `Diverged`,
+    `NotSaved` and `report.Unwritten` where nothing would be left, and `Preempted` after SIGTERM.
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        with processes.agreement() as fields:  # at once, not after minutes of reading data
-            fields |= settings(config)
-            workdir = report.open_workdir(workdir)
-            if processes.is_first():
-                stack.enter_context(report.locked(workdir))
-            processes.log_to(workdir)
-            fields["checkpoints"] = checkpoint.steps(workdir)
-            if not fields["checkpoints"] or not config.checkpoint.every:
-                report.require_no_rows(workdir)
-        with processes.agreement() as fields:
-            check_settings(config)
-            where = place_workers(config, jax.devices() if devices is None else devices)
-            sequence = config.dataset.sequence
-            load = partial(data.load, config.dataset.name, data_dir=config.dataset.data_dir, sequence=sequence)
-            train_set, eval_set = load(config.dataset.train_split), load(config.dataset.eval_split)
-            steps_per_epoch = len(train_set) / config.batch_size
-            num_steps = steps_of(config, train_set)
-            program = make_program(config, train_set, where, num_steps)
-            fields |= fingerprint(config, program, train_set, eval_set)
-        made = {**versions(), **fields, "devices of each process": device_counts()}
-
-        def batches(first_step: int, rollbacks: int) -> Iterator[PyTree]:
-            return map(program.place_batch, train_batches(config, train_set, program.batch_part, first_step, rollbacks))
-
-        evaluate = make_evaluate(program.predict, program.algorithm, where, program.specs)
-        eval_batches = partial(data.eval_batches, eval_set, batch_size=config.eval_batch_size)
-        like = cj.abstract_copies(program.shapes, where, specs=program.specs)
-        compiled = program.step.lower(like, next(batches(0, 0)), program.place_step(0)).compile()
-        job = Job(
-            config,
-            workdir,
-            program,
-            compiled,
-            batches,
-            lambda step, state: evaluate(step, state, eval_batches()),
-            num_steps,
-            steps_per_epoch,
-            made,
-        )
-        start_from = partial(first_or_restored, workdir, config, program, train_set, where, made, resume)
+        workdir = open_run(config, workdir, stack)
+        job, start_from = set_up(config, workdir, devices, resume)
         start, attempt = start_from(), 0
-        if start.step > num_steps:
+        if start.step > job.num_steps:
             raise ValueError(
                 f"`config.steps` must be at least the {start.step} that the run in `workdir` has behind it, got "
-                f"{num_steps}."
+                f"{job.num_steps}."
             )
         setup = time.perf_counter() - began
         many = f"{jax.process_count()} processes, {jax.device_count()} devices, " if jax.process_count() > 1 else ""
         behind = f" behind step {start.step}" if start.step else ""
-        processes.say(f"{many}set up in {setup:.0f} s; training {num_steps - start.step} steps{behind}")
+        processes.say(f"{many}set up in {setup:.0f} s; training {job.num_steps - start.step} steps{behind}")
         while True:
             try:
                 state, log = run(job, start)
@@ -172,12 +95,57 @@ def train(
     return state, log.rows
 
 
+def open_run(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path, stack: contextlib.ExitStack
+) -> pathlib.Path:
+    """The folder, which is this run's alone until `stack` ends; all processes agree on config, code and versions."""
+    with processes.agreement() as fields:  # at once, not after minutes of reading data
+        fields |= run_identity(config)
+        folder = open_workdir(workdir)
+        if processes.is_first():
+            stack.enter_context(locked(folder))
+        processes.log_to(folder)
+        fields["checkpoints"] = checkpoint.steps(folder)
+        if not fields["checkpoints"] or config.checkpoint.every is None:
+            require_no_rows(folder)
+    return folder
+
+
+def set_up(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Sequence[jax.Device] | None, resume: Resume
+) -> tuple[Job, Callable[[], Start]]:
+    """The job with its compiled step, and where it starts from; all processes agree on what the settings become."""
+    with processes.agreement() as fields:
+        check_settings(config)
+        workers = place_workers(config, jax.devices() if devices is None else devices)
+        sequence = config.dataset.sequence
+        load = partial(data.load, config.dataset.name, data_dir=config.dataset.data_dir, sequence=sequence)
+        train_set, eval_set = load(config.dataset.train_split), load(config.dataset.eval_split)
+        num_steps = steps_of(config, train_set)
+        program = make_program(config, train_set, workers, num_steps)
+        fields |= fingerprint(config, program, train_set, eval_set)
+    provenance = {**versions(), **fields, "devices of each process": device_counts()}
+
+    def batches(first_step: int, rollbacks: int) -> Iterator[PyTree]:
+        return map(program.place_batch, train_batches(config, train_set, program.batch_part, first_step, rollbacks))
+
+    def evaluate(step: int, state: TrainState) -> report.Row:
+        return evaluate_on(step, state, data.eval_batches(eval_set, batch_size=config.eval_batch_size))
+
+    evaluate_on = make_evaluate(program.predict, program.algorithm, workers, program.specs)
+    like = cj.abstract_copies(program.shapes, workers, specs=program.specs)
+    step = program.step.lower(like, next(batches(0, 0)), program.place_step(0)).compile()
+    per_epoch = len(train_set) / config.batch_size
+    job = Job(config, workdir, program, step, batches, evaluate, num_steps, per_epoch, provenance)
+    return job, partial(first_or_restored, workdir, config, program, train_set, workers, provenance, resume)
+
+
 def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
     """All steps from `start` on. Raises `Diverged` and, after SIGTERM, `Preempted`."""
     config, program, workdir = job.config, job.program, job.workdir
     log = report.Log(
         workdir if processes.is_first() else None,
-        title=f"{config.algorithm.name}, {config.num_workers} workers, {config.model.name} on {config.dataset.name}",
+        title=f"{config.algorithm}, {config.num_workers} workers, {config.model.name} on {config.dataset.name}",
         num_steps=job.num_steps,
         batch_size=config.batch_size,
         steps_per_epoch=job.steps_per_epoch,
@@ -195,8 +163,8 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
                     "examples": step * config.batch_size,
                     "rollbacks": start.rollbacks,
                     "num_workers": config.num_workers,
-                    "config": settings_of(config) | {"data": job.made["data"]},
-                    "made": job.made,
+                    "config": as_json(config) | {"data": job.provenance["data"]},
+                    "provenance": job.provenance,
                     "best": best,
                     "log": log.state(),
                 }
@@ -231,13 +199,14 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
                     raise Preempted(f"ended at step {step} of {job.num_steps} by SIGTERM: {left(saves, step)}")
             if saves is not None:
                 saves.wait()
+        log.end()
     return state, log
 
 
 def left(saves: Checkpoints | None, step: int) -> str:
     """What a run that ends early leaves behind."""
     if saves is None:
-        return "without checkpoints (`config.checkpoint.every` is 0) nothing of it is left."
+        return "without checkpoints (`config.checkpoint.every` is None) nothing of it is left."
     if saves.wait():
         return "the same command goes on from there."
     return f"the same command goes on from step {saves.last}, that of step {step} could not be saved."
@@ -256,7 +225,7 @@ def results(config: ml_collections.ConfigDict, log: report.Log, setup: float) ->
     """The table at the end of a run."""
     row, seconds = log.rows[-1], log.seconds
     return {
-        "algorithm": f"{config.algorithm.name}, {config.num_workers} workers",
+        "algorithm": f"{config.algorithm}, {config.num_workers} workers",
         "steps": f"{row['step']} of {config.batch_size} examples, {row['epoch']:.2f} epochs",
         "accuracy, averaged model": f"{row['eval/mean/accuracy']:.4f}",
         "accuracy, workers": f"{row['eval/workers/accuracy']:.4f}, from {row['eval/workers/accuracy_min']:.4f} "
@@ -270,27 +239,31 @@ def results(config: ml_collections.ConfigDict, log: report.Log, setup: float) ->
 def main(argv: list[str]) -> None:
     """A user's mistake is one sentence (its traceback with --verbosity=1), anything else a traceback."""
     del argv
-    if not flags.FLAGS["verbosity"].present:
+    if not absl_flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # TFDS reports each file that it reads
-    if WORKDIR.value is None:
+    if flags.WORKDIR.value is None:
         sys.exit("error: --workdir must name the folder for metrics, events and curves.")
     try:
         processes.join(
-            COORDINATOR.value,
-            NUM_PROCESSES.value,
-            PROCESS_ID.value,
-            distributed=DISTRIBUTED.value,
-            initialization_timeout=INITIALIZATION_TIMEOUT.value,
-            heartbeat_timeout=HEARTBEAT_TIMEOUT.value,
+            flags.COORDINATOR.value,
+            flags.NUM_PROCESSES.value,
+            flags.PROCESS_ID.value,
+            distributed=flags.DISTRIBUTED.value,
+            initialization_timeout=flags.INITIALIZATION_TIMEOUT.value,
+            heartbeat_timeout=flags.HEARTBEAT_TIMEOUT.value,
         )
     except ValueError as error:
         sys.exit(f"error: {error}")
     try:
-        train(CONFIG.value, WORKDIR.value, resume=Resume(RESUME_WORKERS.value, ALLOW_CONFIG_CHANGE.value))
+        train(
+            flags.CONFIG.value,
+            flags.WORKDIR.value,
+            resume=Resume(flags.RESUME_WORKERS.value, flags.ALLOW_CONFIG_CHANGE.value),
+        )
     except Preempted as error:
         processes.say(str(error))
         sys.exit(processes.PREEMPTED)  # a regular exit, for which all processes wait
-    except (ValueError, data.DataMissing, Diverged, processes.Disagreement) as error:
+    except (ValueError, data.DataMissing, Diverged, NotSaved, report.Unwritten, processes.Disagreement) as error:
         logging.debug("", exc_info=True)
         processes.leave(f"error: {error}")
     except KeyboardInterrupt:
@@ -301,22 +274,5 @@ def main(argv: list[str]) -> None:
         processes.leave(traceback.format_exc())
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's own, but what is wrong with the config is one line, a misspelt key with its near miss."""
-    if not any(arg.split("=")[0].lstrip("-") == "config" for arg in argv):
-        argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
-    try:
-        argv = flags.FLAGS(argv)
-        CONFIG.value.lock()  # a file that cannot be read complains at its first use
-        return argv
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
-    except (AttributeError, KeyError) as error:  # ml_collections' hint is on a second, sometimes escaped line
-        key, *hint = str(error.args[0]).replace("\\n", "\n").replace("\\'", "").replace("'", "").splitlines()
-        sys.exit(f"error: unknown key in --config: {'; '.join([key, *hint])}")
-    except Exception as error:  # of the config file, which may do anything
-        sys.exit(f"error: --config cannot be loaded: {type(error).__name__}: {str(error).splitlines()[-1].strip()}")
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=flags.parse_flags)

@@ -3,7 +3,18 @@
 import jax
 import numpy as np
 
-from crossover_jax import balanced, base, complete, derangements, exponential, hypercube, latin, pull, ring, symmetric
+from crossover_jax.topology import (
+    balanced,
+    base,
+    complete,
+    derangements,
+    exponential,
+    hypercube,
+    latin,
+    pull,
+    ring,
+    symmetric,
+)
 
 POOLS = {
     "balanced": lambda n: balanced(n, 4, seed=1),
@@ -13,7 +24,7 @@ POOLS = {
     "derangements": lambda n: derangements(n, 4, seed=1),
     "exponential": exponential,
     "exponential2": lambda n: exponential(n, 2),
-    "hypercube": lambda n: hypercube(n) if n & (n - 1) == 0 else None,
+    "hypercube": hypercube,
     "latin": lambda n: latin(n, max(1, min(4, n - 1)), seed=1),
     "pull": lambda n: pull(n, 3, seed=1),
     "ring": ring,
@@ -26,7 +37,12 @@ def pool_of(name, num_workers):
     return POOLS[name](num_workers)
 
 
-def mixed_by_matrices(tree, step, pool, table, cut):
+def has(name, num_workers):
+    """Whether there is such a pool: a hypercube has a power of two workers."""
+    return name != "hypercube" or num_workers & (num_workers - 1) == 0
+
+
+def mixed_by_matrices(tree, step, pool, cut, table):
     """Every element of every leaf `[workers, ...]` times the matrix of the round its segment takes, in float64."""
     segments = cut.segment_of(jax.tree.map(lambda x: x[0], tree))
     row = table[step % len(table)].tolist()

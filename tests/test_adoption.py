@@ -57,7 +57,7 @@ def test_an_unchanged_flax_train_state_step_trains_alike_on_a_mesh_and_simulated
             losses.append(np.asarray(loss).mean())
         assert losses[-1] < 0.1 * losses[0]
         assert step._cache_size() == 1
-        assert int(cj.worker(state, 3).step) == 30
+        assert int(cj.one_worker(state, 3).step) == 30
         ends.append(state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *ends)
 
@@ -74,13 +74,44 @@ def test_an_unchanged_flax_train_state_step_trains_alike_on_a_mesh_and_simulated
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ends[0], state[0])
 
 
-def test_as_optax_refuses_tables_that_need_a_common_step():
-    tx = cj.as_optax(cj.sgp(optax.sgd(0.1), WORKERS))
+@pytest.mark.parametrize("name", ["sgp", "local_sgd", "every", "paper", "relative"])
+def test_as_optax_runs_algorithms_that_need_a_common_step_and_counts_it(name):
+    """What compiles to a conditional waits for ever where counts differ: here all take the highest, or `step=`."""
+    params = {"a": jnp.zeros(30), "b": jnp.ones(5)}
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    algorithm = {
+        "sgp": lambda: cj.sgp(optimizer, WORKERS),
+        "local_sgd": lambda: cj.local_sgd(optimizer, 3),
+        "every": lambda: cj.mix_after(optimizer, cj.every(2, cj.crossover(WORKERS))),
+        "paper": lambda: cj.crossover_sgd_paper(optimizer, WORKERS, cj.by_module(params), pool_size=4),
+        "relative": lambda: cj.mix_relative(optimizer, cj.crossover(WORKERS), 3),
+    }[name]()
+    tx = cj.as_optax(algorithm)
+    grads = jax.tree.map(lambda x: jnp.broadcast_to(jnp.arange(8.0).reshape(8, 1), (8, *x.shape)), params)
+
+    def by_count(state, g, t):
+        updates, inner = tx.update(g, state[1], state[0])
+        return optax.apply_updates(state[0], updates), inner
+
+    def by_step(state, g, t):
+        updates, inner = tx.update(g, state[1], state[0], step=t)
+        return optax.apply_updates(state[0], updates), inner
+
+    def by_algorithm(state, g, t):
+        params, inner = algorithm.update(g, state[1].algorithm, state[0], t)
+        return params, state[1]._replace(algorithm=inner)
+
     for where in places():
-        state = cj.copies((jnp.zeros(4), tx.init(jnp.zeros(4))), where)
-        step = cj.per_worker(lambda s: tx.update(s[0], s[1], s[0]), where)
-        with pytest.raises(ValueError, match="`step` must be the same on all workers"):
-            step(state)
+        ends = []
+        for step in (by_count, by_step, by_algorithm):
+            run = cj.per_worker(step, where, replicated=(2,))
+            state = cj.copies((params, tx.init(params)), where)
+            for t in range(6):
+                state = run(state, place(grads, where), jnp.int32(t))
+            ends.append(state)
+        assert ends[0][1].count.tolist() == ends[1][1].count.tolist() == [6] * WORKERS
+        for end in ends[:2]:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), end[0], ends[2][0])
 
 
 class NnxNet(nnx.Module):
@@ -150,7 +181,12 @@ def test_any_pytree_of_parameters_trains(model, modules):
 
 def test_only_adapters_travel_where_where_says_so():
     params = {"base": jnp.zeros(6), "lora": {"a": jnp.zeros(4), "b": jnp.zeros(3)}}
-    mix = cj.gossip(cj.exponential(WORKERS), cj.cycle(1, 3), cj.whole(), where=lambda name: name.startswith("lora"))
+    mix = cj.gossip(
+        cj.topology.exponential(WORKERS),
+        cj.whole(),
+        cj.topology.cycle(1, 3),
+        leaves=lambda name: name.startswith("lora"),
+    )
     algorithm = cj.mix_after(optax.sgd(1.0), mix)
     step = cj.per_worker(lambda s, g, t: algorithm.update(g, s[1], s[0], t), WORKERS, replicated=(2,))
     grads = jax.tree.map(lambda x: -jnp.broadcast_to(jnp.arange(8.0)[:, None], (8, *x.shape)), params)

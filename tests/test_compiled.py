@@ -10,15 +10,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, schedule, traffic, wire_bytes
+from experiments.compiled import collectives, schedule, traffic
 
+pytestmark = pytest.mark.full_compilation
 SLICES, LAYERS, WIDTH = 4, 6, 1024
 POOLS = {
-    "latin": lambda n: cj.latin(n, 8),
-    "exponential": cj.exponential,
-    "ring": lambda n: cj.ring(n),
-    "symmetric": lambda n: cj.symmetric(n, 4, slices=SLICES),
-    "derangements": lambda n: cj.derangements(n, 4),
+    "latin": lambda n: cj.topology.latin(n, 8),
+    "exponential": cj.topology.exponential,
+    "ring": lambda n: cj.topology.ring(n),
+    "symmetric": lambda n: cj.topology.symmetric(n, 4, slices=SLICES),
+    "derangements": lambda n: cj.topology.derangements(n, 4),
 }
 
 
@@ -43,9 +44,8 @@ def compiled_step(pool, devices, *, during, in_flight=None, cut=cj.by_size):
     n = len(devices)
     mesh = cj.make_mesh(n, devices=devices)
     segments = cut(pool.num_rounds)
-    algorithm = cj.crossover_sgd(
-        optax.sgd(0.1, momentum=0.9), n, pool=pool, cut=segments, during=during, in_flight=in_flight
-    )
+    mix = cj.crossover(n, pool=pool, cut=segments, in_flight=in_flight)
+    algorithm = (cj.mix_during if during else cj.mix_after)(optax.sgd(0.1, momentum=0.9), mix)
 
     def step(state, x, t):
         params, inner = state
@@ -74,8 +74,8 @@ def test_pools_alike_in_every_slice_compile_for_four_slices_without_a_conditiona
     ("pool", "slices", "cut"),
     [
         # Within a slice libtpu has five permutes in flight, the sixth follows the first.
-        (lambda n: cj.latin(n, 5), 1, cj.by_size),
-        (lambda n: cj.latin(n, 4), 1, cj.by_rows),
+        (lambda n: cj.topology.latin(n, 5), 1, cj.by_size),
+        (lambda n: cj.topology.latin(n, 4), 1, cj.by_rows),
         (POOLS["exponential"], 1, cj.by_size),
         (POOLS["latin"], 4, cj.by_size),
         (POOLS["latin"], 4, cj.by_rows),
@@ -101,7 +101,9 @@ def test_mixing_during_the_step_sends_before_the_first_matmul_and_is_done_after_
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_no_more_channels_are_under_way_than_in_flight_allows(in_flight):
     devices = chips(1)
-    order = schedule(compiled_step(cj.latin(len(devices), 5), devices, during=True, in_flight=in_flight).as_text())
+    order = schedule(
+        compiled_step(cj.topology.latin(len(devices), 5), devices, during=True, in_flight=in_flight).as_text()
+    )
     steps = {"collective-permute-start": 1, "collective-permute-done": -1}
     under_way = np.cumsum([steps.get(op, 0) for op in order])
     assert under_way.max() == in_flight
@@ -113,57 +115,11 @@ def test_mixing_after_the_step_cannot_be_hidden_and_the_schedule_shows_it(pod):
     assert order.index("send") > max(i for i, op in enumerate(order) if op == "matmul")
 
 
-def model_bytes(params):
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-
-
-@pytest.mark.parametrize(
-    ("make", "models_per_step"),
-    [
-        (lambda: cj.allreduce_sgd(optax.sgd(0.1)), 2 * 7 / 8),
-        (lambda: cj.crossover_sgd(optax.sgd(0.1), 8, pool=cj.latin(8, 4)), 1),
-        (lambda: cj.crossover_sgd(optax.sgd(0.1), 8, pool=cj.latin(8, 4), local_steps=4), 1 / 4),
-        (lambda: cj.sgp(optax.sgd(0.1), 8), 1),
-        (lambda: cj.d_psgd(optax.sgd(0.1), 8), 2),
-        (lambda: cj.local_sgd(optax.sgd(0.1), 2), 2 * 7 / 8 / 2),
-        (
-            lambda: cj.crossover_sgd(
-                optax.sgd(0.1), 8, pool=cj.latin(8, 2), cut=cj.by_size(8), table=cj.stream(8, 2, every=4)
-            ),
-            1 / 4,
-        ),
-    ],
-)
-def test_bytes_on_the_wire_are_counted_per_worker_and_step(make, models_per_step):
-    params, algorithm = {"w": jnp.zeros((16, 8)), "b": jnp.zeros(64, jnp.bfloat16)}, make()
-    state = algorithm.init(params)
-    sent = [wire_bytes(lambda p, s, t=t: algorithm.update(p, s, p, t), params, state, num_workers=8) for t in range(4)]
-    # All-reduce averages in float32: bfloat16 gradients travel as float32.
-    widened = {"w": params["w"], "b": params["b"].astype(jnp.float32)}
-    whole = (
-        model_bytes(widened)
-        if "psum"
-        in str(jax.make_jaxpr(lambda p, s: algorithm.update(p, s, p, 3), axis_env=[("worker", 8)])(params, state))
-        else model_bytes(params)
-    )
-    np.testing.assert_allclose(np.mean(sent), models_per_step * whole)
-
-
-def test_scans_conditionals_and_gathers_are_counted():
-    psum = lambda x: jax.lax.psum(x, "worker")
-    x, ring = jnp.zeros(10), 40 * 2 * 3 / 4
-    scanned = lambda x: jax.lax.scan(lambda c, _: (psum(c), None), x, length=5)[0]
-    either = lambda x: jax.lax.cond(x[0] > 0, lambda x: psum(psum(x)), psum, x)
-    gathered = lambda x: jax.lax.all_gather(x, "worker")
-    for function, expected in ((scanned, 5 * ring), (either, 2 * ring), (gathered, 40 * 3)):
-        np.testing.assert_allclose(wire_bytes(function, x, num_workers=4), expected)
-
-
 @pytest.mark.parametrize("hierarchical", [False, True])
 def test_the_traffic_of_a_pod_is_one_model_per_worker_over_dcn(pod, hierarchical):
     n = SLICES if hierarchical else len(pod)
     mesh = cj.make_mesh(n, {"device": len(pod) // n}, devices=pod)
-    mix = cj.gossip(cj.latin(n, 3), cj.shuffle(3, 3), cj.by_size(3))
+    mix = cj.gossip(cj.topology.latin(n, 3), cj.by_size(3), cj.topology.shuffle(3, 3))
     x = jax.ShapeDtypeStruct((n, 1024, 1024), jnp.float32, sharding=NamedSharding(mesh, P("worker")))
     t = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     text = cj.per_worker(mix, mesh, replicated=(1,)).lower(x, t).compile().as_text()
@@ -179,12 +135,3 @@ def test_the_traffic_of_a_pod_is_one_model_per_worker_over_dcn(pod, hierarchical
     else:  # a worker is a chip: what stays in its slice and what leaves it is one model together, at most
         assert crossing.bytes_per_worker <= 1.01 * model
     assert set(rows) <= {("send", "DCN"), ("all-gather", "ICI"), ("collective-permute", "ICI")}
-
-
-def test_fixed_points_are_no_message():
-    pool = cj.base(3)
-    mix = cj.gossip(pool, cj.cycle(1, pool.num_rounds), cj.whole())
-    sent = [wire_bytes(lambda x, p=p: mix(x, p), jnp.zeros(30), num_workers=3) for p in range(pool.num_rounds)]
-    moved = [(pool.receive_from[p] != np.arange(3)).sum() for p in range(pool.num_rounds)]
-    np.testing.assert_allclose(sent, [120 * m / 3 for m in moved])
-    assert 2 in moved

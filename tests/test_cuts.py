@@ -77,7 +77,7 @@ def test_mistakes_are_one_sentence():
         cj.by_size(0)
     with pytest.raises(ValueError, match="`depth` must be at least 1, got 0"):
         cj.by_module({}, 0)
-    with pytest.raises(ValueError, match=r"elements that travel \(from each device\), 3, got 4"):
+    with pytest.raises(ValueError, match=r"as elements travel \(from each device\), 3, but it makes 4: pass"):
         cj.by_size(4).segment_of(shapes(a=(3,)))
 
 

@@ -1,9 +1,9 @@
 """The GPU benchmark, on the CPU: its loops take the same steps, its sums are right, and it takes no CPU for a GPU."""
 
-import doctest
 import functools
 import importlib.util
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -17,6 +17,8 @@ import crossover_jax as cj
 from benchmarks import gpu
 from experiments.models import resnet
 
+pytestmark = pytest.mark.tools
+ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ["--platform", "cpu", "--dataset", "fashion_mnist", "--model", "mlp", "--options", "{'hidden': (8,)}"]
 QUICK = [*SMALL, "--examples", "4", "--workers", "4", "--turns", "2", "--each", "1", "--rounds", "3"]
 
@@ -38,9 +40,9 @@ def tiny_resnet(*, image_shape, **options):
 def test_our_step_of_one_worker_and_the_plain_loop_make_the_same_model(name, monkeypatch):
     monkeypatch.setitem(gpu.models.MODELS, "tiny", tiny_resnet)
     config = gpu.fashion_mnist.get_config()
-    config.num_workers, config.batch_size, config.algorithm.name = 1, 4, name
+    config.num_workers, config.batch_size, config.algorithm = 1, 4, name
     config.model.name, config.model.options = "tiny", gpu.ml_collections.ConfigDict()
-    ours, plain = gpu.ours(config), gpu.plain(config)
+    ours, plain = gpu.make_library_loop(config), gpu.make_plain_loop(config)
     start = jax.device_get(plain.state[0])
     for loop in (ours, plain):
         loop.turn(2)
@@ -78,7 +80,9 @@ def test_a_pass_reads_and_writes_every_parameter_once(capsys):
 @pytest.mark.parametrize(("wire", "tolerance"), [("float32", 0), ("bfloat16", 1e-6), ("int8", 1e-6)])
 def test_who_hears_himself_keeps_what_he_has(wire, tolerance):
     tree = {"w": jax.random.normal(jax.random.key(0), (1, 30, 5)), "b": jnp.ones((1, 7))}
-    run = cj.per_worker(gpu.repeated(gpu.home(4, wire), 3), cj.make_mesh(1, devices=jax.devices()[:1]), donate=False)
+    run = cj.per_worker(
+        gpu.repeat(gpu.make_round_to_oneself(4, wire), 3), cj.make_mesh(1, devices=jax.devices()[:1]), donate=False
+    )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), run(tree), tree)
     assert "ppermute" in str(jax.make_jaxpr(run)(tree))
 
@@ -90,10 +94,9 @@ def test_the_schedule_counts_the_products_of_a_step(capsys):
 
 
 def test_permutes_in_flight_beside_products():
-    assert doctest.testmod(gpu) == (0, 1)
     start, done = "collective-permute-start", "collective-permute-done"
     order = [start, "matmul", start, "matmul", "fusion", "matmul", done, "matmul", done, "matmul"]
-    assert gpu.beside(order) == [("1", "1"), ("2", "2"), ("1", "1"), ("0", "1")]
+    assert gpu.products_in_flight(order) == [("1", "1"), ("2", "2"), ("1", "1"), ("0", "1")]
 
 
 @pytest.mark.parametrize("what", ["images", "pack", "simulated"])
@@ -106,7 +109,12 @@ def test_a_cpu_is_not_taken_for_a_gpu(what):
 def test_without_a_compiler_for_gpus_one_line_says_what_is_missing():
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, gpu.__file__, "schedule"], capture_output=True, text=True, timeout=300, env=env
+        [sys.executable, "-m", "benchmarks.gpu", "schedule"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
+        cwd=ROOT,
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("error: this jaxlib cannot compile for GPUs: install jax[cuda12]")

@@ -5,7 +5,11 @@ import math
 
 import pytest
 
-from benchmarks import grid
+from benchmarks.network import grid
+
+pytestmark = pytest.mark.tools
+
+pytestmark = pytest.mark.tools
 
 
 @pytest.mark.parametrize(("flags", "cells"), [([], 4 * 3 * 3), (["--speed_up"], 3)])
@@ -14,7 +18,7 @@ def test_every_cell_is_measured_once_and_after_an_end_only_what_is_missing(tmp_p
 
     def measure(command):
         """In place of `scaling.py`: a row of zeros for each algorithm, until it fails."""
-        given = dict(zip(command[2::2], command[3::2], strict=True))
+        given = dict(zip(command[3::2], command[4::2], strict=True))
         if len(calls) == 2:
             calls.append(None)
             return 3
@@ -48,7 +52,7 @@ def test_the_picture_shows_log2_of_the_speed_up_from_four_hosts_and_seconds_of_t
     of_grid = [
         {**common, "rate": rate, "hosts": "2", "compute_s": "0.4", "step_s": "0.7"} for rate in ("200mbit", "1gbit")
     ]
-    left, *others = grid.drawn(of_grid, speed_up).axes
+    left, *others = grid.draw(of_grid, speed_up).axes
     (ours,) = [line for line in left.lines if line.get_label() == "allreduce"]
     assert ours.get_xydata().tolist() == [[4, 0], [8, 1], [16, math.log2(8 / 3)]]
     assert [line.get_xydata().tolist() for axes in others for line in axes.lines if len(line.get_xdata()) == 1] == [

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -15,8 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, schedule, traffic
 from crossover_jax.topology.spectral import messages
+from experiments.compiled import collectives, schedule, traffic
 from tests.oracles import mixed_by_matrices
 
 SLOW, FAST, EVERY = 3, 4, 2
@@ -27,14 +28,14 @@ LEVELS = P("slow", "fast")
 def levels(form, slow=SLOW, fast=FAST):
     """Pool, table and cut inside the groups, and between them: over channels, or by a switch per leaf."""
     if form == "channels":
-        return [(cj.latin(n, 2), cj.shuffle(4, 2, seed=n + 2), cj.by_size(4)) for n in (fast, slow)]
+        return [(cj.topology.latin(n, 2), cj.by_size(4), cj.topology.shuffle(4, 2, seed=n + 2)) for n in (fast, slow)]
     cut = cj.by_module({name: np.zeros(shape) for name, shape in SHAPES.items()}, lambda name: name)
-    pools = cj.pull(fast, 2), cj.base(slow)  # shares that differ between workers
-    return [(pool, cj.sample(cut.num_segments, pool.num_rounds), cut) for pool in pools]
+    pools = cj.topology.pull(fast, 2), cj.topology.base(slow)  # shares that differ between workers
+    return [(pool, cut, cj.topology.sample(cut.num_segments, pool.num_rounds)) for pool in pools]
 
 
 def on_two_levels(inside, between, slow="slow"):
-    return cj.chain(cj.gossip(*inside, "fast"), cj.every(EVERY, cj.gossip(*between, slow), slow))
+    return cj.chain(cj.gossip(*inside, "fast"), cj.every(EVERY, cj.gossip(*between, slow)))
 
 
 def mesh_of(*sizes):
@@ -122,6 +123,7 @@ def shapes_on(mesh, tree, spec):
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct((*sizes, s), jnp.float32, sharding=sharding), tree)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("inner", [{}, {"device": 2}], ids=str)
 def test_on_a_pod_only_the_rare_exchange_leaves_a_slice(inner):
     """Groups are slices: what runs at every step stays on ICI, and the DCN is used behind the one conditional."""
@@ -144,7 +146,7 @@ def test_on_a_pod_only_the_rare_exchange_leaves_a_slice(inner):
     assert not [row for row in traffic(usual, mesh) if row.link == "DCN"]
 
 
-POOLS = {"latin": lambda n: cj.latin(n, 8), "exponential": cj.exponential, "ring": cj.ring}
+POOLS = {"latin": lambda n: cj.topology.latin(n, 8), "exponential": cj.topology.exponential, "ring": cj.topology.ring}
 
 
 def pairs_by_size(text, devices):
@@ -194,7 +196,7 @@ def compiled_rounds(pool, devices):
     mesh, rounds = cj.make_mesh(len(devices), devices=devices), range(pool.num_rounds)
     tree = {f"{p:02}": 1024 * (p + 1) for p in rounds}
     cut = cj.by_module({name: np.zeros(1) for name in tree}, lambda name: name)
-    mix = cj.gossip(pool, np.asarray([rounds]), cut)
+    mix = cj.gossip(pool, cut, np.asarray([rounds]))
     return cj.per_worker(lambda tree: mix(tree, 0), mesh).lower(shapes_on(mesh, tree, P("worker"))).compile().as_text()
 
 
@@ -217,7 +219,7 @@ def test_in_every_round_every_host_and_every_slice_sends_equally_many_messages(p
 @pytest.mark.parametrize("name", PODS)
 def test_derangements_load_hosts_and_slices_unevenly_and_need_conditionals_between_slices(name):
     devices = pod(name)
-    pool = cj.derangements(len(devices), 4)
+    pool = cj.topology.derangements(len(devices), 4)
     text = compiled_rounds(pool, devices)
     rounds = pairs_by_size(text, devices)
     assert [sorted(pairs) for pairs in rounds] == [pairs_of(pool, p) for p in range(4)]
@@ -236,7 +238,7 @@ def test_crossover_sgd_as_recommended_loads_hosts_and_slices_evenly_without_a_co
     t = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     text = step.lower(shapes_on(mesh, 2**18, P("worker")), t).compile().as_text()
     (pairs,) = pairs_by_size(text, devices)  # segments are equal, so all rounds together
-    pool = cj.latin(n, len(pairs) // n)
+    pool = cj.topology.latin(n, len(pairs) // n)
     assert collectives(text)["conditional"] == 0
     assert pool.num_rounds == max(8, 2 * np.log2(n))
     assert sorted(pairs) == sorted(pair for p in range(pool.num_rounds) for pair in pairs_of(pool, p))
@@ -247,7 +249,7 @@ def test_crossover_sgd_as_recommended_loads_hosts_and_slices_evenly_without_a_co
 def test_a_step_that_differs_along_the_other_axis_is_refused_and_so_is_a_pair_of_axes():
     """Half the devices would enter the conditional, and wait in it for the others."""
     mesh = mesh_of(2, 4)
-    between = cj.every(2, cj.gossip(cj.latin(2, 1), cj.cycle(1, 1), cj.whole(), "slow"), "slow")
+    between = cj.every(2, cj.gossip(cj.topology.latin(2, 1), cj.whole(), cj.topology.cycle(1, 1), "slow"))
 
     def run(mix):
         step = lambda x, t: mix(x, t + jax.lax.axis_index("fast"))
@@ -256,4 +258,4 @@ def test_a_step_that_differs_along_the_other_axis_is_refused_and_so_is_a_pair_of
     with pytest.raises(ValueError, match="must be the same on all workers, but it varies over axis 'fast'"):
         run(between)
     with pytest.raises(ValueError, match=r"`axis` must be one name, got \('slow', 'fast'\)"):
-        run(cj.average.__wrapped__(("slow", "fast")))  # past the type checker, which users do not have
+        run(inspect.unwrap(cj.average)(("slow", "fast")))  # past the type checker, which users do not have

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.tools
 ROOT = pathlib.Path(__file__).parents[1]
-HOSTS, SCALING = ROOT / "benchmarks/hosts.py", ROOT / "benchmarks/scaling.py"
+HOSTS, SCALING = ("-m", "benchmarks.network.hosts"), ("-m", "benchmarks.network.scaling")
 # host0 hears 1.25 MB from each of two others at once, and then sends them as much.
 TALK = """
 import socket, threading, time
@@ -53,8 +54,9 @@ else:
 """
 
 
-def run(*args, timeout=120):
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=timeout)
+def run(program, *args, timeout=120):
+    command = [sys.executable, *map(str, (*program, *args))]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,9 +103,9 @@ def test_a_command_that_fails_is_named_with_its_error_and_ends_the_others():
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_stays_behind_when_it_is_killed(how):
     mark = f"86{400 + how}"  # seconds that nobody else sleeps
-    command = [sys.executable, str(HOSTS), "--hosts", "2", "--", "sleep", mark]
+    command = [sys.executable, *HOSTS, "--hosts", "2", "--", "sleep", mark]
     left = set(pathlib.Path("/mnt").iterdir())
-    with subprocess.Popen(command) as laboratory:
+    with subprocess.Popen(command, cwd=ROOT) as laboratory:
         wait_until(lambda: len(running(f"sleep\0{mark}\0")) == 2)
         laboratory.send_signal(how)
     wait_until(lambda: not running(f"sleep\0{mark}\0"))
@@ -156,9 +158,10 @@ def test_steps_on_hosts_take_what_their_links_allow(tmp_path):
     assert rows["alone"]["step_s"] == pytest.approx(2 * transfer, rel=0.1)
 
 
-def test_an_option_that_an_algorithm_does_not_have_is_refused():
+@pytest.mark.parametrize("program", [SCALING, ["benchmarks/scaling.py"]], ids=["module", "script"])
+def test_an_option_that_an_algorithm_does_not_have_is_refused(program):
     for text in ("sgp/during", "allreduce/int8", "crossover/int4", "gossip"):
-        done = run(SCALING, "--algorithms", text)
+        done = run(program, "--algorithms", text)
         assert done.returncode == 1
         assert done.stderr.startswith("error: ")
         assert text.split("/")[-1] in done.stderr

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, traffic
+from experiments.compiled import collectives, traffic
 from tests.oracles import mixed_by_matrices
 
 WORKERS = 4
@@ -51,9 +51,9 @@ def lower(mix, mesh, specs):
 
 
 POOLS = {
-    "latin": lambda: cj.latin(WORKERS, 3),
-    "base": lambda: cj.base(WORKERS, 2),
-    "pull": lambda: cj.pull(WORKERS, 3),
+    "latin": lambda: cj.topology.latin(WORKERS, 3),
+    "base": lambda: cj.topology.base(WORKERS, 2),
+    "pull": lambda: cj.topology.pull(WORKERS, 3),
 }
 
 
@@ -64,12 +64,12 @@ def test_sharding_inside_a_worker_changes_nothing(inside, pool, cut):
     pool, mesh, specs, tree = POOLS[pool](), mesh_of(), INSIDE[inside], random_tree()
     one = jax.tree.map(lambda x: x[0], tree)
     cut = cj.whole() if cut == "whole" else cj.by_module(one, lambda name: name)
-    table = cj.sample(cut.num_segments, pool.num_rounds)
+    table = cj.topology.sample(cut.num_segments, pool.num_rounds)
     every = {name: specs.get(name, P()) for name in SHAPES}
-    run, _ = lower(cj.gossip(pool, table, cut, specs=every), mesh, specs)
+    run, _ = lower(cj.gossip(pool, cut, table, specs=every), mesh, specs)
     for step in (0, 3):
         got = run(placed(tree, mesh, specs), jnp.int32(step))
-        expected = mixed_by_matrices(tree, step, pool, table, cut)
+        expected = mixed_by_matrices(tree, step, pool, cut, table)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
         assert got["big"].sharding.is_equivalent_to(NamedSharding(mesh, P("worker", *specs.get("big", P()))), 3)
     assert run._cache_size() == 1
@@ -78,16 +78,16 @@ def test_sharding_inside_a_worker_changes_nothing(inside, pool, cut):
 @pytest.mark.parametrize("cut", [cj.by_size(3), cj.by_rows(3, align=4)], ids=["by_size", "by_rows"])
 def test_equal_cuts_are_of_each_devices_part(cut):
     """Elements belong to other segments than without sharding: to those of the device's own part."""
-    mesh, pool = mesh_of(), cj.latin(WORKERS, 3)
-    table, specs = cj.shuffle(3, 3), {"big": P("a", "b")}
+    mesh, pool = mesh_of(), cj.topology.latin(WORKERS, 3)
+    table, specs = cj.topology.shuffle(3, 3), {"big": P("a", "b")}
     x = np.random.default_rng(0).normal(size=(WORKERS, 12, 8)).astype(np.float32)
-    mix = cj.gossip(pool, table, cut, specs={"big": P("a", "b")})
+    mix = cj.gossip(pool, cut, table, specs={"big": P("a", "b")})
     step = cj.per_worker(mix, mesh, replicated=(1,), out_specs=specs)
     got = step({"big": jax.device_put(x, NamedSharding(mesh, P("worker", "a", "b")))}, jnp.int32(2))
     for rows in (slice(0, 6), slice(6, 12)):
         for columns in (slice(0, 4), slice(4, 8)):
             part = {"big": np.ascontiguousarray(x[:, rows, columns])}
-            expected = mixed_by_matrices(part, 2, pool, table, cut)
+            expected = mixed_by_matrices(part, 2, pool, cut, table)
             np.testing.assert_allclose(got["big"][:, rows, columns], expected["big"], rtol=1e-5, atol=1e-6)
 
 
@@ -105,7 +105,7 @@ def sent_by_workers(text):
 @pytest.mark.parametrize("inside", INSIDE)
 def test_one_worker_sends_one_model_whatever_is_inside_and_gathers_only_inside(inside):
     specs = {name: INSIDE[inside].get(name, P()) for name in SHAPES}
-    mix = cj.gossip(cj.latin(WORKERS, 3), cj.shuffle(3, 3), cj.by_size(3), specs=specs)
+    mix = cj.gossip(cj.topology.latin(WORKERS, 3), cj.by_size(3), cj.topology.shuffle(3, 3), specs=specs)
     _, text = lower(mix, mesh_of(), INSIDE[inside])
     found = collectives(text)
     assert found["collective-permute"] == 3
@@ -129,17 +129,17 @@ def test_one_worker_sends_one_model_whatever_is_inside_and_gathers_only_inside(i
 
 
 def test_without_specs_a_worker_still_sends_one_model():
-    _, text = lower(cj.gossip(cj.latin(WORKERS, 3), cj.shuffle(3, 3), cj.by_size(3)), mesh_of(), {})
+    _, text = lower(cj.gossip(cj.topology.latin(WORKERS, 3), cj.by_size(3), cj.topology.shuffle(3, 3)), mesh_of(), {})
     model = 4 * sum(int(np.prod(shape)) for shape in SHAPES.values())
     assert (sent_by_workers(text) <= model + 4 * (3 * len(SHAPES) + 8)).all()
 
 
 def test_explicit_axes_carry_their_own_specs():
     mesh, specs, tree = mesh_of(AxisType.Explicit), {"big": P("a", "b"), "wide": P(None, "a")}, random_tree()
-    pool, cut, table = cj.latin(WORKERS, 3), cj.whole(), cj.cycle(1, 3)
-    run, text = lower(cj.gossip(pool, table, cut), mesh, specs)
+    pool, cut, table = cj.topology.latin(WORKERS, 3), cj.whole(), cj.topology.cycle(1, 3)
+    run, text = lower(cj.gossip(pool, cut, table), mesh, specs)
     got = run(placed(tree, mesh, specs), jnp.int32(1))
-    expected = mixed_by_matrices(tree, 1, pool, table, cut)
+    expected = mixed_by_matrices(tree, 1, pool, cut, table)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
     assert "all-reduce" not in collectives(text)
 

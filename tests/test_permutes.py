@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.tools
+ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 60_000
 SENT = {  # in vectors
     **dict.fromkeys(("shift/1", "shift/2", "segments/3", "chained/3", "all_to_all", "beside/2", "packed/2"), 1),
@@ -17,21 +18,23 @@ SENT = {  # in vectors
 }
 
 
-def run(program, *args):
-    command, env = [sys.executable, *map(str, (program, *args))], {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+def run(program, *args, folder=ROOT):
+    command = [sys.executable, "-m", f"benchmarks.network.{program}", *map(str, args)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=folder)
 
 
 @pytest.fixture
 def _allowed():
-    done = run(BENCHMARKS / "hosts.py", "--hosts", 1, "--", "true")
+    done = run("hosts", "--hosts", 1, "--", "true")
     if "error: hosts need" in done.stderr:  # no root, or a kernel or tools that cannot: the line says what is missing
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
 
 
-def few(*args, program=BENCHMARKS / "permutes.py"):
-    return run(program, "--hosts", 4, "--rate", "50mbit", "--params", SIZE, "--products", 3, "--steps", 2, *args)
+def few(*args, **where):
+    few_steps = ("--params", SIZE, "--products", 3, "--steps", 2)
+    return run("permutes", "--hosts", 4, "--rate", "50mbit", *few_steps, *args, **where)
 
 
 @pytest.mark.usefixtures("_allowed")
@@ -54,9 +57,9 @@ def test_every_arm_brings_what_numpy_does_and_sends_no_more_than_that(tmp_path):
 @pytest.mark.usefixtures("_allowed")
 def test_what_arrives_is_compared(tmp_path):
     """A copy of the program whose hosts send the other way."""
-    copy = shutil.copytree(BENCHMARKS, tmp_path / "benchmarks") / "permutes.py"
+    copy = shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks") / "network/permutes.py"
     copy.write_text(copy.read_text().replace("(i, (i + k) % n)", "(i, (i - k) % n)"))
-    done = few("--arms", "shift/1", "--check", program=copy)
+    done = few("--arms", "shift/1", "--check", folder=tmp_path)
     assert done.returncode == 1
     assert "Mismatched elements" in done.stderr
 

@@ -45,7 +45,9 @@ def test_what_mirrors_a_parameter_lies_as_it_does(name, wrap):
     wrapped = {
         "optimizer": lambda: optimizer,
         "crossover": lambda: cj.crossover_sgd(optimizer, 4),
-        "push_sum": lambda: cj.push_sum(optimizer, cj.pull(4, 2).transpose(), cj.cycle(1, 2), cj.whole()),
+        "push_sum": lambda: cj.push_sum(
+            optimizer, cj.topology.pull(4, 2).transpose(), cj.whole(), cj.topology.cycle(1, 2)
+        ),
         "as_optax": lambda: cj.as_optax(cj.crossover_sgd(optimizer, 4)),
     }[wrap]()
     state = jax.eval_shape(wrapped.init, PARAMS)

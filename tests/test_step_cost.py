@@ -5,12 +5,16 @@ import re
 import subprocess
 import sys
 
-STEP = pathlib.Path(__file__).parents[1] / "benchmarks/step.py"
+import pytest
+
+pytestmark = pytest.mark.tools
+ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ["--workers", "4", "--examples", "2", "--model", "mlp", "--options", "{'hidden': (8,)}", "--steps", "1"]
 
 
 def run(*args):
-    return subprocess.run([sys.executable, STEP, *SMALL, *args], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "benchmarks.step", *SMALL, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 def test_one_step_of_each_is_compared_with_communication_off():

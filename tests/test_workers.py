@@ -19,9 +19,9 @@ def test_copies_mean_and_worker_undo_each_other(where):
     stacked = cj.copies(tree, where)
     assert stacked["w"].shape == (n, 2, 3)
     cj.check_copies(stacked)
-    np.testing.assert_array_equal(cj.worker(stacked, n - 1)["w"], tree["w"])
-    np.testing.assert_array_equal(cj.mean({"w": stacked["w"]})["w"], tree["w"])
-    assert cj.worker(stacked, 0)["count"] == 3
+    np.testing.assert_array_equal(cj.one_worker(stacked, n - 1)["w"], tree["w"])
+    np.testing.assert_array_equal(cj.mean_over_workers({"w": stacked["w"]})["w"], tree["w"])
+    assert cj.one_worker(stacked, 0)["count"] == 3
     if not isinstance(where, int):
         assert stacked["w"].sharding == NamedSharding(where, P("worker"))
 
@@ -29,8 +29,10 @@ def test_copies_mean_and_worker_undo_each_other(where):
 def test_mean_averages_bfloat16_in_float32_and_keeps_the_first_workers_counters():
     x = jnp.concatenate([jnp.full(1, 256.0), jnp.full(7, 1.0)]).astype(jnp.bfloat16)
     tree = {"x": x, "count": jnp.arange(8)}
-    assert cj.mean(tree)["x"] == jnp.asarray(263 / 8, jnp.bfloat16)  # summed in bfloat16 it would stay 256 / 8
-    assert cj.mean(tree)["count"] == 0
+    assert cj.mean_over_workers(tree)["x"] == jnp.asarray(
+        263 / 8, jnp.bfloat16
+    )  # summed in bfloat16 it would stay 256 / 8
+    assert cj.mean_over_workers(tree)["count"] == 0
 
 
 @pytest.mark.parametrize("where", [MESH, 8])
@@ -106,7 +108,7 @@ def test_equal_copies_may_hold_nan():
 
 def test_mistakes_are_one_sentence():
     with pytest.raises(ValueError, match="`i` must be from 0 to 7, got 8"):
-        cj.worker(jnp.zeros((8, 2)), 8)
+        cj.one_worker(jnp.zeros((8, 2)), 8)
     with pytest.raises(ValueError, match="leaf 's' must have a leading axis of workers"):
         cj.check_copies({"s": jnp.zeros(())})
     with pytest.raises(ValueError, match="`inner` must map names other than 'worker' to sizes of at least 1"):
@@ -138,8 +140,8 @@ def test_two_axes_of_workers_keep_one_leading_axis(where):
         sizes = tuple(map(int, where.split("x")))
         devices = np.asarray(jax.devices()[: np.prod(sizes)]).reshape(sizes)
         where = jax.sharding.Mesh(devices, (*axes, "data")[: len(sizes)])
-    fast, slow, table, cut = cj.latin(4, 2), cj.latin(3, 2), cj.cycle(1, 2), cj.whole()
-    mix = cj.chain(cj.gossip(fast, table, cut, "fast"), cj.every(2, cj.gossip(slow, table, cut), "worker"))
+    fast, slow, table, cut = cj.topology.latin(4, 2), cj.topology.latin(3, 2), cj.topology.cycle(1, 2), cj.whole()
+    mix = cj.chain(cj.gossip(fast, cut, table, "fast"), cj.every(2, cj.gossip(slow, cut, table)))
 
     def step(x, t):
         return mix(x, t), {"sum": x.sum(), "index": jax.lax.axis_index(axes)}

@@ -38,13 +38,10 @@ class Pool:
 
     def __post_init__(self):
         rounds, peers, workers = self.receive_from.shape
-        if self.share.shape != (rounds, peers + 1, workers):
-            raise ValueError(
-                f"`share` must have shape {(rounds, peers + 1, workers)} (rounds, 1 + peers, workers), "
-                f"got {self.share.shape}."
-            )
-        everyone = np.arange(workers)
-        wrong = (np.sort(self.receive_from, axis=-1) != everyone).any(-1)
+        shape = (rounds, peers + 1, workers)
+        if self.share.shape != shape:
+            raise ValueError(f"`share` must have shape {shape} (rounds, 1 + peers, workers), got {self.share.shape}.")
+        wrong = (np.sort(self.receive_from, axis=-1) != np.arange(workers)).any(-1)
         if wrong.any():
             p, k = np.argwhere(wrong)[0]
             raise ValueError(
@@ -58,7 +55,7 @@ class Pool:
     def from_peers(
         cls,
         receive_from: Int[np.ndarray, "pool peers workers"],
-        share: float | Float[np.ndarray, "pool peers workers"],
+        share: float | Float[np.ndarray, "pool peers #workers"],
     ) -> "Pool":
         """The pool in which every worker gives its peers `share` and itself what is left to 1.
 
@@ -66,6 +63,7 @@ class Pool:
         array([[[0.75, 0.75],
                 [0.25, 0.25]]])
         """
+        # What oneself keeps is the rest to 1, so that rows sum to 1 and workers that agree go on agreeing.
         heard = np.broadcast_to(share, receive_from.shape)
         return cls(receive_from, np.concatenate([1 - heard.sum(1, keepdims=True), heard], axis=1))
 
@@ -84,9 +82,9 @@ class Pool:
     def matrix(self, p: int | np.integer) -> Float[np.ndarray, "workers workers"]:
         """Mixing matrix W of round `p`: row `i` holds the weights with which worker `i` hears the others."""
         mixing = np.diag(self.share[p, 0]).astype(np.float64)
-        everyone = np.arange(self.num_workers)
         for k, sources in enumerate(self.receive_from[p]):
-            np.add.at(mixing, (everyone, sources), self.share[p, 1 + k])
+            # Two peers may be the same worker: their shares add up, which an assignment would not do.
+            np.add.at(mixing, (np.arange(self.num_workers), sources), self.share[p, 1 + k])
         return mixing
 
     def apply(self, p: int | np.integer, x: Float[np.ndarray, "workers *rest"]) -> Float[np.ndarray, "workers *rest"]:
@@ -96,10 +94,10 @@ class Pool:
 
     def transpose(self) -> "Pool":
         """The pool whose matrices are the transposes: what was pulled is pushed."""
+        # Whom worker i heard now hears i, with the share that i gave: permutation and shares are both inverted.
         backward = np.argsort(self.receive_from, axis=-1)
-        share = self.share.copy()
-        share[:, 1:] = np.take_along_axis(self.share[:, 1:], backward, axis=-1)
-        return Pool(backward, share)
+        pushed = np.take_along_axis(self.share[:, 1:], backward, axis=-1)
+        return Pool(backward, np.concatenate([self.share[:, :1], pushed], axis=1))
 
     @property
     def keeps_agreement(self) -> bool:
@@ -109,7 +107,4 @@ class Pool:
     @property
     def keeps_mass(self) -> bool:
         """Columns of every W sum to 1: the sum over workers, hence the average, is kept."""
-        sent = self.share[:, 0] + np.take_along_axis(
-            self.share[:, 1:], np.argsort(self.receive_from, axis=-1), axis=-1
-        ).sum(1)
-        return bool(np.allclose(sent, 1.0, atol=1e-12))
+        return self.transpose().keeps_agreement

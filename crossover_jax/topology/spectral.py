@@ -5,7 +5,6 @@ workers by dense matrices, all others without a matrix, so that 16,384 workers a
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from jaxtyping import Complex, Float, Int
 
 from crossover_jax.topology.pool import Pool
 
+Rounds = Iterable[int | np.integer]
 _DENSE = 128  # workers up to which a matrix is cheaper than avoiding it
 
 
@@ -36,7 +36,6 @@ def contraction(pool: Pool) -> Contraction:
 
     `worst` is the largest over all directions d of disagreement, `mean` their average (0 for one worker). With k peers
     of equal weight the mean is `ideal_contraction`, so that is the least that worst can be.
-
     Reference: Boyd et al., Randomized Gossip Algorithms, IEEE Trans. Inf. Theory 52(6), 2006: λ₂ of E[WᵀW].
 
     >>> from crossover_jax.topology import ring
@@ -45,10 +44,11 @@ def contraction(pool: Pool) -> Contraction:
     """
     if pool.num_workers == 1:
         return Contraction(0.0, 0.0)
-    eigenvalues = modes(pool)
-    if eigenvalues is not None:
+    if (eigenvalues := modes(pool)) is not None:
         squares = (np.abs(eigenvalues[:, 1:]) ** 2).mean(0)
         return Contraction(float(squares.max()), float(squares.mean()))
+    # All rounds stacked are one tall matrix A with |A d|² = Σ_p |W_p d|², so that worst is its largest singular value,
+    # squared, over the number of rounds. Its eigenvalue problem would need E[WᵀW], which is dense.
     back, rounds = pool.transpose(), range(pool.num_rounds)
     worst = _largest_singular_value(
         lambda x: np.stack([_centred(pool.apply(p, x)) for p in rounds]),
@@ -68,7 +68,7 @@ def ideal_contraction(num_workers: int, peers: int = 1) -> float:
     return max(0.0, num_workers / (peers + 1) - 1) / max(1, num_workers - 1)
 
 
-def product(pool: Pool, rounds: Iterable[int | np.integer]) -> Float[np.ndarray, "workers workers"]:
+def product(pool: Pool, rounds: Rounds) -> Float[np.ndarray, "workers workers"]:
     """Exactly what `rounds` do one after another, such as a column of a table: the last W times … times the first.
 
     Rounds of −1 stay at home. A dense matrix: for thousands of workers use `decay`.
@@ -77,13 +77,10 @@ def product(pool: Pool, rounds: Iterable[int | np.integer]) -> Float[np.ndarray,
     >>> product(exponential(4), [0, 1])[0]
     array([0.25, 0.25, 0.25, 0.25])
     """
-    state = np.eye(pool.num_workers)
-    for p in rounds:
-        state = state if p < 0 else pool.apply(p, state)
-    return state
+    return _run(pool, rounds, np.eye(pool.num_workers))
 
 
-def decay(pool: Pool, rounds: Iterable[int | np.integer]) -> Iterator[float]:
+def decay(pool: Pool, rounds: Rounds) -> Iterator[float]:
     """After each of `rounds`, the largest share of any disagreement that is left: |(I−J) W…W (I−J)|₂.
 
     For doubly stochastic rounds this is the second singular value of the product. Rounds of −1 stay at home.
@@ -92,13 +89,26 @@ def decay(pool: Pool, rounds: Iterable[int | np.integer]) -> Iterator[float]:
     >>> [round(left, 3) for left in decay(exponential(8), [0, 1, 2])]
     [0.924, 0.653, 0.0]
     """
-    eigenvalues = modes(pool)
-    if eigenvalues is not None:
-        return _decay_of_shifts(np.abs(eigenvalues[:, 1:]), rounds)
-    return _decay_dense(pool, rounds) if pool.num_workers <= _DENSE else _decay_matrix_free(pool, rounds)
+    if (eigenvalues := modes(pool)) is not None:
+        left = np.ones(pool.num_workers - 1)
+        for p in rounds:
+            left = left if p < 0 else left * np.abs(eigenvalues[p, 1:])
+            yield float(left.max(initial=0.0))  # one worker has no modes of disagreement
+    elif pool.num_workers <= _DENSE:
+        state = _centred(np.eye(pool.num_workers))
+        for p in rounds:
+            state = _run(pool, [p], state)
+            yield float(np.linalg.norm(_centred(state), ord=2))
+    else:
+        back, done = pool.transpose(), []
+        for p in rounds:
+            done.append(p)
+            yield _largest_singular_value(
+                lambda x: _centred(_run(pool, done, x)), lambda y: _centred(_run(back, done[::-1], y)), pool.num_workers
+            )
 
 
-def rounds_until(pool: Pool, rounds: Iterable[int | np.integer], below: float = 0.1) -> int | None:
+def rounds_until(pool: Pool, rounds: Rounds, below: float = 0.1) -> int | None:
     """The number of `rounds` after which less than the share `below` is left of any disagreement, None if never.
 
     >>> from crossover_jax.topology import ring
@@ -118,9 +128,7 @@ def effective_neighbors(pool: Pool, gamma: float = 0.9, *, in_turn: bool = False
     where `gamma` says how long the past matters (1/(1−γ) rounds). The paper has one W; here rounds are drawn uniformly,
     or taken `in_turn`, averaged over the phases. Up to 128 workers and for shifts exact, else sampled to about 1 %.
     Raises `ValueError` for a pool that does not keep agreement and for `gamma` outside [0, 1).
-
-    Reference: Vogels, Hendrikx, Jaggi, Beyond Spectral Gap, arXiv:2206.03093, effective number of neighbors (as in the
-    authors' `random_walks.py`).
+    Reference: Vogels, Hendrikx, Jaggi, Beyond Spectral Gap, arXiv:2206.03093, and the authors' `random_walks.py`.
 
     >>> from crossover_jax.topology import complete
     >>> round(effective_neighbors(complete(16), gamma=0.5), 9)
@@ -130,6 +138,8 @@ def effective_neighbors(pool: Pool, gamma: float = 0.9, *, in_turn: bool = False
         raise ValueError("`pool` must keep agreement (rows of every W sum to 1); `pool.transpose()` may.")
     if not 0 <= gamma < 1:
         raise ValueError(f"`gamma` must be in [0, 1), got {gamma}.")
+    # The series is summed until what is left of it is small, or until a term repeats: then disagreement falls no more
+    # (a pool that does not connect its workers), and the rest is a geometric series.
     total, rest, before = 0.0, 0.0, np.inf
     for t, left in enumerate(_disagreement_left(pool, in_turn)):
         total += gamma**t * left
@@ -150,15 +160,20 @@ def messages(pool: Pool, hosts: int = 1, slices: int = 1) -> Messages:
     >>> messages(ring(8, directed=True), hosts=2)
     Messages(worker=array([[1, 1, 1, 1, 1, 1, 1, 1]]), host=array([[1, 1]]), slice=array([[0]]))
     """
-    groups = {"num_workers": pool.num_workers, "hosts": hosts, "slices": slices}
-    return Messages(*(_leaving(pool, name, number) for name, number in groups.items()))
+
+    def leaving(name: str, groups: int) -> Int[np.ndarray, "pool groups"]:
+        if groups < 1 or pool.num_workers % groups:
+            raise ValueError(f"`{name}` must divide the number of workers, got {groups} for {pool.num_workers}.")
+        group = np.arange(pool.num_workers) * groups // pool.num_workers
+        return (group[pool.receive_from] != group).sum(1).reshape(pool.num_rounds, groups, -1).sum(-1)
+
+    return Messages(leaving("num_workers", pool.num_workers), leaving("hosts", hosts), leaving("slices", slices))
 
 
 def modes(pool: Pool) -> Complex[np.ndarray, "pool workers"] | None:
-    """Eigenvalues of every round if all rounds are shifts with the same shares everywhere, else None.
-
-    Rounds of shifts share their eigenvectors, the Fourier modes; mode 0 is agreement.
-    """
+    """Eigenvalues of every round (mode 0: agreement) if all are shifts with the same shares everywhere, else None."""
+    # A shift with equal shares is a circulant matrix: what worker 0 hears says all, and its Fourier transform are the
+    # eigenvalues. All rounds commute then, so that mixing in any order is a product of numbers, mode by mode.
     everyone = np.arange(pool.num_workers)
     hop = (everyone - pool.receive_from) % pool.num_workers
     if (hop != hop[..., :1]).any() or (pool.share != pool.share[..., :1]).any():
@@ -175,6 +190,8 @@ def _centred(x: Float[np.ndarray, "workers *rest"]) -> Float[np.ndarray, "worker
 
 def _squared_disagreement(pool: Pool, back: Pool, p: int) -> float:
     """|(I−J) W (I−J)|²_F of round `p`, from the entries of W and its row and column sums."""
+    # |W|² sums over pairs of peers that are the same worker, for their shares add up in one entry. Centring takes away
+    # the squares of row sums and of column sums, and gives back the square of the total, taken away twice.
     sources = np.concatenate([np.arange(pool.num_workers)[None], pool.receive_from[p]])
     share, ones = pool.share[p], np.ones(pool.num_workers)
     entries = np.einsum("ai,bi,abi->", share, share, sources[:, None] == sources[None])
@@ -182,37 +199,18 @@ def _squared_disagreement(pool: Pool, back: Pool, p: int) -> float:
     return entries - (rows @ rows + columns @ columns) / len(ones) + (rows.sum() / len(ones)) ** 2
 
 
-def _decay_of_shifts(gains: Float[np.ndarray, "pool modes"], rounds: Iterable[int | np.integer]) -> Iterator[float]:
-    left = np.ones(gains.shape[1])
+def _run(pool: Pool, rounds: Rounds, x: Float[np.ndarray, "workers *rest"]) -> Float[np.ndarray, "workers *rest"]:
     for p in rounds:
-        left = left if p < 0 else left * gains[p]
-        yield float(left.max(initial=0.0))  # one worker has no modes of disagreement
-
-
-def _decay_dense(pool: Pool, rounds: Iterable[int | np.integer]) -> Iterator[float]:
-    state = _centred(np.eye(pool.num_workers))
-    for p in rounds:
-        state = state if p < 0 else pool.apply(p, state)
-        yield float(np.linalg.norm(_centred(state), ord=2))
-
-
-def _decay_matrix_free(pool: Pool, rounds: Iterable[int | np.integer]) -> Iterator[float]:
-    back, done = pool.transpose(), []
-    for p in rounds:
-        done = done if p < 0 else [*done, p]
-        yield _largest_singular_value(partial(_run, pool, done), partial(_run, back, done[::-1]), pool.num_workers)
-
-
-def _run(pool: Pool, rounds: list[int | np.integer], x: Float[np.ndarray, "workers"]) -> Float[np.ndarray, "workers"]:
-    for p in rounds:
-        x = pool.apply(p, x)
-    return _centred(x)
+        x = x if p < 0 else pool.apply(p, x)
+    return x
 
 
 def _largest_singular_value(
     forward: Callable[[np.ndarray], np.ndarray], backward: Callable[[np.ndarray], np.ndarray], num_workers: int
 ) -> float:
     """Lanczos on backward(forward(·)) from a random disagreement, fully orthogonalised, until the residual is small."""
+    # Power iteration would not do: the largest singular values of a well mixing pool lie close together. Of a symmetric
+    # operator every eigenvalue is reached after n − 1 steps, from a start that has a part in all directions.
     steps = min(num_workers - 1, 300)
     start = _centred(np.random.default_rng(0).standard_normal(num_workers))
     basis = np.zeros((steps + 1, num_workers))
@@ -253,6 +251,7 @@ def _disagreement_left(pool: Pool, in_turn: bool) -> Iterator[float]:
 
 
 def _left_of_probes(pool: Pool, in_turn: bool, probes: int = 64) -> Iterator[float]:
+    # E|M (I−J)|²_F is what M leaves, on average, of white noise. A phase drawn for each probe stands for all phases.
     rng = np.random.default_rng(0)
     states = [_centred(x) for x in rng.standard_normal((probes, pool.num_workers))]
     scale = (pool.num_workers - 1) / sum(x @ x for x in states)
@@ -261,10 +260,3 @@ def _left_of_probes(pool: Pool, in_turn: bool, probes: int = 64) -> Iterator[flo
         states = [pool.apply(p, x) for p, x in zip(phase, states, strict=True)]
         yield float(scale * sum(x @ x for x in states))
         phase = (phase + 1) % pool.num_rounds if in_turn else rng.integers(pool.num_rounds, size=probes)
-
-
-def _leaving(pool: Pool, name: str, groups: int) -> Int[np.ndarray, "pool groups"]:
-    if groups < 1 or pool.num_workers % groups:
-        raise ValueError(f"`{name}` must divide the number of workers, got {groups} for {pool.num_workers}.")
-    group = np.arange(pool.num_workers) * groups // pool.num_workers
-    return (group[pool.receive_from] != group).sum(1).reshape(pool.num_rounds, groups, -1).sum(-1)

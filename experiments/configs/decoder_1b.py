@@ -1,9 +1,9 @@
 """`decoder.py` with 1.03 billion parameters, for pods: 20 layers of width 2048, sequences of 2048 bytes, bfloat16.
 
-    python experiments/preflight.py --config=experiments/configs/decoder_1b.py --topology=v5p:4x4x4
+    python -m experiments.preflight --config=experiments/configs/decoder_1b.py --topology=v5p:4x4x4
 
-compiles it for a pod that is not here: four workers, each sharded over 16 chips. It was never trained by us. What
-is not here is as in `decoder.py`.
+compiles it for a pod that is not here: four workers, each sharded over 16 chips. It was never trained by us.
+Everything else: `decoder.py`.
 """
 
 import ml_collections
@@ -29,8 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
     }
     config.model.options.update(options)
 
-    config.optimizer.learning_rate = 3e-4
-    config.optimizer.warmup = 0.01
+    config.schedule.learning_rate = 3e-4
+    config.schedule.warmup = 0.01
 
     config.batch_size = 256
     config.eval_batch_size = 256

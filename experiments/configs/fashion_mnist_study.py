@@ -1,6 +1,6 @@
 """One run of an arm of a study by `train.py`, with all its rows and curves, at the learning rate that the study chose.
 
-    python experiments/train.py --config=experiments/configs/fashion_mnist_study.py:gap/crossover --workdir=runs/gap
+    python -m experiments.train --config=experiments/configs/fashion_mnist_study.py:gap/crossover --workdir=runs/gap
 
 Behind the colon stand study and arm, in quotes where there are blanks. What belongs to which of the paper's claims, a
 minute or less each on two cores:
@@ -11,7 +11,7 @@ minute or less each on two cores:
 4. hierarchies (figure 8): `workers/crossover 8`, which is any number of workers in 8 groups
 5. the gap closed (ours): `gap/three rounds in int8`
 
-The paper's numbers and ours stand in `experiments/README.md`.
+The paper's numbers and ours stand in `docs/results.md`.
 """
 
 import importlib
@@ -19,7 +19,8 @@ import pathlib
 
 import ml_collections
 
-from experiments import sweep
+from experiments import csv_rows
+from experiments.studies.study import FINAL, Run, best_rate, run_config, select_arms
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1]
 
@@ -27,15 +28,15 @@ EXPERIMENTS = pathlib.Path(__file__).parents[1]
 def get_config(which: str = "gap/three rounds in int8") -> ml_collections.ConfigDict:
     """Raises `ValueError` for a study or an arm that there is not, and for one that has not been tuned."""
     name, _, arm = which.partition("/")
-    names = sorted(path.stem for path in (EXPERIMENTS / "studies").glob("[a-z]*.py"))
+    names = sorted(path.stem for path in (EXPERIMENTS / "studies").glob("[a-z]*.py") if path.stem != "study")
     if name not in names:
         raise ValueError(f"`study/arm` must begin with one of {', '.join(names)}, got {which!r}.")
     study = importlib.import_module(f"experiments.studies.{name}").get_study()
-    lender = sweep.chosen(study.arms, [arm])[arm].rate_of or arm
-    rows = [row for row in sweep.read(EXPERIMENTS / "results" / f"{name}.csv") if row["arm"] == lender]
+    lender = select_arms(study.arms, [arm])[arm].rate_of or arm
+    rows = [row for row in csv_rows.read(EXPERIMENTS / "results" / f"{name}.csv") if row["arm"] == lender]
     if not rows:
         raise ValueError(f"{lender!r} must be tuned before one run of {which!r}: it has no row in {name}.csv.")
-    rate = sweep.best_rate(rows, lender)
-    config = sweep.config_of(study, sweep.Run(arm, sweep.FINAL, rate, seed=0))
-    config.optimizer.learning_rate = rate
+    rate = best_rate(rows, lender)
+    config = run_config(study, Run(arm, FINAL, rate, seed=0))
+    config.schedule.learning_rate = rate
     return config

@@ -1,9 +1,9 @@
 """Hierarchical Crossover-SGD on ImageNet as the paper ran it (figure 8): 64 accelerators in 8 gossiping groups.
 
-    python experiments/train.py --config=experiments/configs/imagenet_resnet50_hierarchical.py --workdir=runs/groups
+    python -m experiments.train --config=experiments/configs/imagenet_resnet50_hierarchical.py --workdir=runs/groups
 
 8 workers of 8 accelerators, each with 32 images of a micro-batch and its own BatchNorm statistics; the paper's top-1:
-75.73. Ours: not run. The rest is as in `imagenet_resnet50_crossover.py`.
+75.73. Ours: not run. Everything else: `imagenet_resnet50_crossover.py`.
 """
 
 import ml_collections

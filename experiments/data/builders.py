@@ -16,6 +16,7 @@ from tensorflow_datasets.image_classification import mnist as stock_mnist
 
 from experiments.data import convert, raw, sources
 from experiments.data.sources import DataMissing
+from experiments.paths import local_path
 
 Splits = dict[str, Callable[[], raw.Examples]]
 
@@ -40,9 +41,9 @@ def prepare(
     """
     if name not in BUILDERS:
         raise ValueError(f"`name` must be one of {', '.join(BUILDERS)}, got {name!r}.")
-    data_dir = pathlib.Path(data_dir).expanduser()
     if (builder := find(name, data_dir)) is not None:
         return builder
+    data_dir = local_path("data_dir", data_dir)  # data may be read from a bucket, but not prepared in one
     with _one_at_a_time(data_dir, name):
         if (builder := find(name, data_dir)) is not None:  # another process has prepared it meanwhile
             return builder
@@ -56,12 +57,15 @@ def prepare(
 def find(name: str, data_dir: str | pathlib.Path) -> tfds.core.DatasetBuilder | None:
     """The builder of `name` as prepared in `data_dir`; None when it is not there.
 
-    Raises `DataMissing` when it is there, but as TFRecord, which cannot be read at random places.
+    Raises `DataMissing` when it is there, but as TFRecord, which cannot be read at random places, and for a bucket
+    whose package is not installed.
     """
     try:
         builder = builder_from_files(name, data_dir=os.path.expanduser(data_dir))  # text: a Path spoils gs://
     except tfds.core.DatasetNotFoundError:
         return None
+    except ImportError as error:
+        raise DataMissing(f"{name} in {data_dir} cannot be read: {error}.") from None
     if builder.info.file_format.value != "array_record":
         raise DataMissing(
             f"{name} in {data_dir} is prepared as {builder.info.file_format.value}; training reads array_record.\n"

@@ -6,6 +6,9 @@
 # Repository, Python environment and SHARED lie at the same paths on all hosts. The first host must be reached by the
 # others at PORT, and all by all at the ports that NCCL chooses.
 #
+# What follows the command goes to train.py. The algorithm and its keys belong to the config: by fashion_mnist.py
+# --config.crossover.during=True hides the messages behind the gradient.
+#
 # Exit code 75: a process got SIGTERM (ssh second pkill -f experiments/train.py), so all wrote a checkpoint and ended.
 # The same WORKDIR goes on from there:
 #   until WORKDIR=... experiments/launch/by_hand.sh; do [ $? -eq 75 ] || break; done
@@ -35,10 +38,10 @@ command=(
   --config="$CONFIG"
   --config.num_workers="$WORKERS"
   --config.batch_size="$BATCH_SIZE"
-  --config.algorithm.during=True
   --config.dataset.data_dir="$SHARED/data"
   --workdir="$WORKDIR"
   --initialization_timeout=600
+  "$@"
 )
 
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT  # -tt: who loses its terminal ends, so Ctrl-C ends all

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 TRAIN = pathlib.Path(__file__).resolve().parents[1] / "train.py"
-PREEMPTED = 75  # as in experiments/processes.py, which would import JAX here
+PREEMPTED = 75  # as in experiments/processes/preemption.py, which would import JAX here
 POLL = 0.1  # seconds; who fails between two looks has failed at once
 # Linux kills a process that asks for it when its parent dies: what was killed by SIGKILL leaves no processes behind.
 # Asked for by the child itself, before it becomes train.py: `preexec_fn` would run between fork and exec, where the
@@ -99,11 +99,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def read_shape(args: argparse.Namespace) -> Shape:
     """What `train.py` would make of its flags; a config that cannot be loaded ends this process with one line."""
-    sys.path.insert(0, str(TRAIN.parents[1]))  # as a script, not only as a module
-    from experiments import train
+    if not __package__:  # as a script
+        sys.path[0] = str(TRAIN.parents[1])
+    from experiments import flags  # which imports JAX, so only where it is needed
 
-    train.parse_flags([str(TRAIN), *args.train_flags])
-    config = train.CONFIG.value
+    flags.parse_flags([str(TRAIN), *args.train_flags])
+    config = flags.CONFIG.value
     return Shape(
         args.processes,
         config.num_workers,

@@ -7,6 +7,9 @@
 # variables only, and in JAX 0.12 those of Open MPI 5 if mpi4py is installed (jax-ml/jax #14576, #40512); and it takes
 # the host of mpirun for that of process 0. MPI itself carries nothing: NCCL does.
 #
+# What follows the command goes to train.py. The algorithm and its keys belong to the config: by fashion_mnist.py
+# --config.crossover.during=True hides the messages behind the gradient.
+#
 # Exit code 75: a process got SIGTERM, so all wrote a checkpoint and ended. The same WORKDIR goes on from there:
 #   until WORKDIR=... experiments/launch/openmpi.sh; do [ $? -eq 75 ] || break; done
 # SIGTERM must come to a process: mpirun, when it gets one itself, kills them all a second later.
@@ -43,7 +46,6 @@ mpirun --hostfile "$HOSTFILE" -np "$((${#hosts[@]} * GPUS))" --map-by "ppr:$GPUS
   --config="$CONFIG" \
   --config.num_workers="$WORKERS" \
   --config.batch_size="$BATCH_SIZE" \
-  --config.algorithm.during=True \
   --config.dataset.data_dir="$SHARED/data" \
   --workdir="$WORKDIR" \
-  --initialization_timeout=600
+  --initialization_timeout=600 "$@"

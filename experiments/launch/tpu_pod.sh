@@ -6,6 +6,9 @@
 #   ... tpu_pod.sh log     the newest lines of process 0
 #   ... tpu_pod.sh stop    all write a checkpoint and end, with 75
 #
+# What follows `run` goes to train.py. The algorithm and its keys belong to the config: by fashion_mnist.py
+# --config.crossover.during=True hides the messages behind the gradient.
+#
 # `run` with the same WORKDIR goes on from the last checkpoint, after `stop` or on new slices. Nothing does so by
 # itself: who ended with 75 was stopped by hand, or has lost a slice.
 #
@@ -51,10 +54,10 @@ case "${1:-}" in
       --config="$CONFIG"
       --config.num_workers="$WORKERS"
       --config.batch_size="$BATCH_SIZE"
-      --config.algorithm.during=True
       --config.dataset.data_dir="$SHARED/data"
       --workdir="$WORKDIR"
       --initialization_timeout=600
+      "${@:2}"
     )
     on_all_hosts "nohup$(printf ' %q' "${command[@]}") > ~/crossover.out 2>&1 < /dev/null &"
     echo "started; logs of all processes in $WORKDIR/logs"

@@ -1,6 +1,6 @@
 """E: `large.py` with the paper's optimizer: does gossip beat AllReduce by LARS, if both have their best warm-up?
 
-    python experiments/sweep.py experiments/studies/large_lars.py --out experiments/results/large_lars.csv
+    python -m experiments.sweep experiments/studies/large_lars.py --out experiments/results/large_lars.csv
 
 The problem of `lars.py`, 2048 examples in a batch, 8 workers, trust ratios from each worker's own norms, and learning
 rates in steps of √2, for LARS is on the edge of what it can take.
@@ -8,8 +8,8 @@ rates in steps of √2, for LARS is on the edge of what it can take.
 
 from experiments.studies import lars
 from experiments.studies.large import arms_of
+from experiments.studies.study import Study
 from experiments.studies.workers import BATCH
-from experiments.sweep import Study
 
 
 def get_study() -> Study:

@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import crossover_jax as cj
-from experiments import checkpoint, data, processes, program, report, resume, train
+from experiments import checkpoint, checksums, data, flags, processes, program, report, resume, settings, train
+from experiments import workdir as workdir_module
 from experiments.algorithms import ALGORITHMS
 from experiments.configs import fashion_mnist
 from experiments.resume import Resume
@@ -36,13 +37,13 @@ def config(data_dir):
     config.dataset.update(small)
     config.model.name, config.model.options = "mlp", {"hidden": (32,)}
     config.batch_size, config.steps, config.log_every, config.eval_batch_size = 48, STEPS, 3, 200
-    config.simulate, config.optimizer.learning_rate, config.algorithm.local_steps = "yes", 0.02, 3
+    config.simulate, config.schedule.learning_rate, config.crossover.local_steps = "yes", 0.02, 3
     config.checkpoint.every = 2
     return config.lock()
 
 
 def changed(config, **changes):
-    """A config with `algorithm__name=` and so on."""
+    """A config with `sgp__peers=` and so on."""
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config.lock()
@@ -86,16 +87,21 @@ def read_rows(workdir):
 # ---- the same run ----
 
 
+@pytest.mark.full_compilation  # as users compile, of whose runs the bits are promised
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
 )
 def test_a_run_resumed_is_the_run_that_was_never_stopped(name, config, tmp_path):
-    config = changed(config, algorithm__name=name, simulate="no")
+    if name != "crossover":
+        config = changed(config, algorithm=name, crossover__local_steps=1)
+    config = changed(config, simulate="no", local_sgd__local_steps=3 if name == "local_sgd" else 1)
     devices = jax.devices()[:N]
     state, rows = train.train(config, tmp_path / "whole", devices=devices)
     assert checkpoint.steps(tmp_path / "whole") == [4, 6]
     workdir = stopped_at(4, tmp_path / "whole", tmp_path / "stopped")
     again, resumed_rows = train.train(config, workdir, devices=devices)
+    status = json.loads((workdir / "status.json").read_text())
+    assert (status["start"], status["step"], status["num_steps"]) == (4, 6, 6)
     assert_same_bits(state, again)
     assert [row["step"] for row in rows] == [3, 6]
     assert lasting(rows) == lasting(resumed_rows) == lasting(read_rows(workdir))
@@ -142,8 +148,8 @@ def test_the_record_says_where_the_run_is_and_what_made_it(undisturbed):
     workdir, _, _ = undisturbed
     record = checkpoint.read_record(workdir, 4)
     assert (record["step"], record["examples"], record["num_workers"], record["rollbacks"]) == (4, 4 * 48, N, 0)
-    assert record["config"]["algorithm.name"] == "crossover"
-    assert record["made"]["jax"] == jax.__version__
+    assert record["config"]["algorithm"] == "crossover"
+    assert record["provenance"]["jax"] == jax.__version__
     assert len(record["log"]["means"]["loss"]) == 1  # of step 4, for the row at 6
 
 
@@ -155,9 +161,9 @@ def test_the_record_says_where_the_run_is_and_what_made_it(undisturbed):
     [
         (dict(seed=1), Resume(), "in its checkpoint seed is 0, not 1: .* or pass --allow_config_change=seed"),
         (
-            dict(seed=1, optimizer__momentum=0.5),
+            dict(seed=1, sgd__momentum=0.5),
             Resume(allow=["seed"]),
-            r"optimizer\.momentum is 0\.9, not 0\.5: .*=optimizer\.momentum\.$",
+            r"sgd\.momentum is 0\.9, not 0\.5: .*=sgd\.momentum\.$",
         ),
         (dict(num_workers=4), Resume(), "num_workers is 8, not 4: .* or pass --resume_workers=overlap"),
         (dict(batch_size=96), Resume(allow=["batch_size"]), "`config.batch_size` must stay 48 .* got 96: name another"),
@@ -361,11 +367,11 @@ def test_a_changed_number_is_named(undisturbed, restored, tmp_path, capsys):
     workdir = stopped_at(STEPS, undisturbed[0], tmp_path / "run")
     change_a_value(workdir / "checkpoints/6")
     restored(workdir)
-    leaf = "params/fc/kernel is not as it was saved (1 of 9 leaves, of 1 of 8 workers)"
+    leaf = "params/fc/kernel is not as it was saved (1 of 10 leaves, of 1 of 8 workers)"
     assert leaf in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_damage_never_gives_other_bits(seed, undisturbed, restored, states, tmp_path):
     rng = np.random.default_rng(seed)
     workdir = stopped_at(STEPS, undisturbed[0], tmp_path / "run")
@@ -446,7 +452,7 @@ def test_checksums_are_numpys_however_the_leaf_lies(dtype):
     mesh = cj.make_mesh(4, {"fsdp": 2}, devices=jax.devices()[:8])
     for spec in (None, jax.P("worker"), jax.P("worker", "fsdp"), jax.P(None, "fsdp", "worker")):
         placed = leaf if spec is None else jax.device_put(leaf, jax.NamedSharding(mesh, spec))
-        of_leaves, of_workers, finite = checkpoint._inspect({"x": placed})
+        of_leaves, of_workers, finite = checksums.inspect({"x": placed})
         np.testing.assert_array_equal(of_workers, expected)
         np.testing.assert_array_equal(of_leaves[0], expected.sum(0, dtype=np.uint32))
         assert np.asarray(finite).all()
@@ -454,14 +460,14 @@ def test_checksums_are_numpys_however_the_leaf_lies(dtype):
 
 def test_no_flipped_bit_and_no_exchange_goes_unseen():
     leaf = np.asarray(jax.random.normal(jax.random.key(0), (2, 5)))
-    sums = np.asarray(jax.jit(checkpoint._checksums)(leaf))
+    sums = np.asarray(jax.jit(checksums._checksums)(leaf))
     for i in range(2 * 5 * 32):
         other = leaf.copy()
         other.view(np.uint32).flat[i // 32] ^= np.uint32(1 << i % 32)
-        differ = (np.asarray(jax.jit(checkpoint._checksums)(other)) != sums).any(-1)
+        differ = (np.asarray(jax.jit(checksums._checksums)(other)) != sums).any(-1)
         assert differ.tolist() == [i < 5 * 32, i >= 5 * 32]
-    assert (np.asarray(checkpoint._checksums(leaf[::-1])) != sums).any()
-    assert (np.asarray(checkpoint._checksums(leaf[:, ::-1])) != sums).any()
+    assert (np.asarray(checksums._checksums(leaf[::-1])) != sums).any()
+    assert (np.asarray(checksums._checksums(leaf[:, ::-1])) != sums).any()
 
 
 # ---- signals, and two runs at once ----
@@ -494,7 +500,7 @@ def test_sigterm_ends_at_a_step_that_is_saved_and_the_run_goes_on(undisturbed, c
 def test_sigterm_without_checkpoints_says_that_nothing_is_left(config, tmp_path, monkeypatch):
     at_step(monkeypatch, 3, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(train.Preempted, match=r"without checkpoints .* nothing of it is left"):
-        train.train(changed(config, checkpoint__every=0), tmp_path)
+        train.train(changed(config, checkpoint__every=None), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
@@ -502,7 +508,7 @@ def test_a_preempted_run_has_the_exit_code_that_says_start_again(tmp_path, monke
     def fail(*args, **kwargs):
         raise train.Preempted("ended at step 3")
 
-    train.parse_flags(["train.py", f"--workdir={tmp_path}"])
+    flags.parse_flags(["train.py", f"--workdir={tmp_path}"])
     monkeypatch.setattr(train, "train", fail)
     with pytest.raises(SystemExit) as error:
         train.main([])
@@ -527,7 +533,7 @@ with processes.Preemption() as preemption:
 def test_one_run_at_a_time(undisturbed, config):
     workdir = undisturbed[0]
     with (
-        report.locked(workdir),
+        workdir_module.locked(workdir),
         pytest.raises(ValueError, match=r"`workdir` must be of one run at a time, got .* where another runs"),
     ):
         train.train(changed(config), workdir)
@@ -567,16 +573,14 @@ def test_a_gradient_names_its_parameter_and_segments(config, tmp_path, monkeypat
         return loss + jnp.where(jnp.isnan(bad), 0, bad) * (kernel - jax.lax.stop_gradient(kernel)).sum() * 0, aux
 
     monkeypatch.setattr(program, "loss_fn", spoiled)
-    with pytest.raises(
-        Diverged, match=r"worker 3 .* in 1 of 4 parameters, first in layers/0/kernel \(segments 0 to 6 of"
-    ):
+    with pytest.raises(Diverged, match=r"worker 3 .* in 1 of 4 parameters, first in layers/0/kernel: lower"):
         train.train(changed(config, simulate="no"), tmp_path, devices=jax.devices()[:N])
 
 
 def test_a_state_that_is_not_finite_is_never_saved(config, tmp_path):
-    with pytest.raises(Diverged, match=r"^grad_norm of worker 0 is nan at step 2 "):  # the state is so after step 1
+    with pytest.raises(Diverged, match=r"^update of worker 0 is nan at step 1 \(8 of 8 workers\): lower"):
         train.train(
-            changed(config, optimizer__learning_rate=3e38, optimizer__weight_decay=3e38, checkpoint__every=1), tmp_path
+            changed(config, schedule__learning_rate=3e38, sgd__weight_decay=3e38, checkpoint__every=1), tmp_path
         )
     assert checkpoint.steps(tmp_path) == [0]
 
@@ -635,16 +639,67 @@ def test_what_cannot_be_written_is_said_and_the_run_goes_on(config, undisturbed,
     """Files may not grow beyond 60 kB, as on a disk that is full; the checkpoints of step 4 and before are there."""
     workdir = stopped_at(4, undisturbed[0], tmp_path / "run")
     flags = [
-        f"--config.{key}={value}" for key, value in program.flat_settings(changed(config)).items() if "opt" not in key
+        f"--config.{key}={value}"
+        for key, value in settings.flat_settings(changed(config)).items()
+        if "options" not in key
     ]
-    flags += ["--config.model.options={'hidden': (32,)}", "--config.optimizer.learning_rate=0.02"]
+    flags += ["--config.model.options={'hidden': (32,)}", "--config.schedule.learning_rate=0.02"]
     command = [sys.executable, "-c", FULL, f"--workdir={workdir}", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    compiled_alike = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations"))}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", **compiled_alike}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert "WARNING: the checkpoint of step 6 could not be saved, the run goes on; the last whole one is" in done.stdout
     assert "Traceback" not in done.stderr
     assert checkpoint.steps(workdir) == [4]
     assert lasting(read_rows(workdir)) == lasting(undisturbed[2])
+
+
+def fill_the_disk(monkeypatch, from_step=0):
+    """Saves of `from_step` and later fail in orbax' thread, as those on a full disk do."""
+    write = ocp.PyTreeCheckpointHandler.async_save
+
+    async def refuse(self, directory, *args, **kwargs):
+        if int(directory.parent.name.split(".")[0]) >= from_step:
+            raise OSError(28, "No space left on device")
+        return await write(self, directory, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", refuse)
+
+
+def test_a_run_whose_first_checkpoint_cannot_be_written_does_not_go_on(config, tmp_path, monkeypatch):
+    fill_the_disk(monkeypatch)
+    with pytest.raises(checkpoint.NotSaved, match=r"^the first checkpoint, of step 0, could not be saved, so the run "):
+        train.train(changed(config), tmp_path)
+    assert checkpoint.steps(tmp_path) == []
+    assert read_rows(tmp_path) == []  # the same command may be given again
+    monkeypatch.undo()
+    _, rows = train.train(changed(config), tmp_path)
+    assert rows[-1]["step"] == STEPS
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_made_is_one_sentence(config, tmp_path):
+    (tmp_path / checkpoint.FOLDER).touch()
+    with pytest.raises(checkpoint.NotSaved, match=r"/checkpoints must be a folder that can be written: ") as error:
+        train.train(changed(config), tmp_path)
+    assert "\n" not in str(error.value)
+    assert read_rows(tmp_path) == []
+
+
+def test_rows_that_could_not_be_written_at_the_end_are_an_error(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").touch()
+    log = report.Log(tmp_path, title="", num_steps=2, batch_size=1, steps_per_epoch=1, wire_bytes_per_step=0)
+    monkeypatch.setattr(report, "append", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    log.add({"loss": np.ones((1, 2)), "accuracy": np.ones((1, 2))})
+    log.row(1)
+    with pytest.raises(
+        report.Unwritten, match=r"^the last 1 rows of metrics\.jsonl could not be written: No space left"
+    ):
+        log.end()
+    monkeypatch.undo()
+    log.end()
+    assert [row["step"] for row in read_rows(tmp_path)] == [1]
+    log.close()
 
 
 def test_rows_that_a_full_disk_refused_are_written_with_the_next(tmp_path, monkeypatch, capsys):

@@ -2,16 +2,18 @@
 
 import importlib
 import math
-import re
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from experiments import data, figures, preflight, sweep, train
+from crossover_jax.traced import trace_worker
+from experiments import csv_rows, data, figures, preflight, train
 from experiments.configs import cifar10_resnet, fashion_mnist, fashion_mnist_study
-from experiments.program import check_settings, make_program, place_workers, wire_bytes_per_step
+from experiments.program import make_program, place_workers, wire_bytes_per_step
+from experiments.settings import check_settings
+from experiments.studies.study import FINAL, TUNING, Run, run_config
 from tests.experiments import stand_ins
 
 PARAMETERS = 25_557_032  # of ResNet-50
@@ -23,6 +25,17 @@ def imagenet_config(name):
     return importlib.import_module(f"experiments.configs.imagenet_resnet50_{name}").get_config()
 
 
+def switches(program, config):
+    """How many switches one round takes, in the traced program."""
+
+    def update(params, state, step):
+        return program.algorithm.update(params, state, params, step)
+
+    state, step = program.shapes, jax.ShapeDtypeStruct((), np.int32)
+    traced = trace_worker(update, state.params, state.algorithm, step, axes={"worker": config.num_workers})
+    return str(traced.jaxpr).count("cond[")
+
+
 @pytest.mark.parametrize("name", SENT)
 def test_imagenet_as_the_paper_ran_it(name):
     config = imagenet_config(name)
@@ -31,17 +44,20 @@ def test_imagenet_as_the_paper_ran_it(name):
     steps = round(config.epochs * ALL_IMAGES / config.batch_size)
     assert steps == 1341
     assert config.batch_size / config.micro_batches / devices == (32 if name == "hierarchical" else 256)
-    optimizer = config.optimizer
-    assert optimizer.learning_rate == (9 if name in ("allreduce", "sgp") else 11)
-    assert round(optimizer.warmup * 90) == 36
-    assert (optimizer.name, optimizer.momentum, optimizer.weight_decay) == ("lars", 0.96, 5e-5)
+    assert config.schedule.learning_rate == (9 if name in ("allreduce", "sgp") else 11)
+    assert round(config.schedule.warmup * 90) == 36
+    polynomial = config.schedule.polynomial
+    assert (config.schedule.decay, polynomial.power, polynomial.end) == ("polynomial", 2.2, 0.0025)
+    assert round(polynomial.tail * 90) == 2
+    assert (config.optimizer, config.lars.momentum, config.lars.weight_decay) == ("lars", 0.96, 5e-5)
+    assert config.lars.coefficient == 0.0025
 
     mesh = place_workers(config, jax.devices()[:devices])
     assert mesh.shape["worker"] == 8
     program = make_program(config, data.describe("imagenet2012"), mesh, steps)
     assert sum(x.size for x in jax.tree.leaves(program.shapes.params)) == PARAMETERS
-    segments = {int(found[1]) for leaf in program.leaves if (found := re.search(r"\(segment (\d+) of 18\)", leaf))}
-    assert segments == (set(range(18)) if name in ("crossover", "hierarchical") else set())
+    # Each segment chooses its own permutation, by a switch of its own. (SGP's one segment does too.)
+    assert switches(program, config) == {"allreduce": 0, "sgp": 1}.get(name, 18)
     sent = wire_bytes_per_step(program.algorithm, program.shapes.params, config)
     assert sent == pytest.approx(SENT[name] * 4 * PARAMETERS, rel=1e-3)
 
@@ -59,13 +75,13 @@ def check_steps(config, data_dir, workdir, num_classes, devices_each=1, spread=0
     """
     config.dataset.data_dir = str(data_dir)
     devices = jax.devices()[: devices_each * config.num_workers]
-    config.steps, config.log_every, config.checkpoint.every, config.eval_batch_size = 2, 1, 0, len(devices)
+    config.steps, config.log_every, config.checkpoint.every, config.eval_batch_size = 2, 1, None, len(devices)
     state, rows = train.train(config, workdir, devices=devices)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 2
     assert losses[0] == pytest.approx(math.log(num_classes) + spread**2 / 2, rel=0.15)
     assert np.isfinite(losses).all()
-    assert (rows[-1]["consensus_distance"] == 0) == (config.algorithm.name == "allreduce")
+    assert (rows[-1]["consensus_distance"] == 0) == (config.algorithm == "allreduce")
     before = make_program(config, data.describe(config.dataset.name), config.num_workers, 2).init()
     for x, of_all in zip(jax.tree.leaves(before.params), jax.tree.leaves(state.params), strict=True):
         assert (np.asarray(of_all) != np.asarray(x)).reshape(config.num_workers, -1).any(1).all()
@@ -87,6 +103,7 @@ def test_imagenet_takes_real_steps_on_a_stand_in(name, imagenet_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("name", SENT)
 def test_imagenet_compiles_for_as_many_accelerators_as_the_paper_had(name):
     """v5p, for 256 images in float32 take 20 GiB; the paper's V100 had 32."""
@@ -97,14 +114,18 @@ def test_imagenet_compiles_for_as_many_accelerators_as_the_paper_had(name):
     assert found["step"]["peak_bytes_per_chip"] < found["memory_bytes_per_chip"]
 
 
-@pytest.mark.parametrize("name", ["batch", "workers", "ablations", "lars", "gap", "large", "large_lars"])
+# The arms of "gap" are traced for the bytes they send: a minute.
+@pytest.mark.parametrize(
+    "name",
+    ["batch", "workers", "ablations", "lars", pytest.param("gap", marks=pytest.mark.slow), "large", "large_lars"],
+)
 def test_a_study_can_be_run(name):
     """Every arm has a program, and borrows its learning rate from one that is tuned."""
     study = importlib.import_module(f"experiments.studies.{name}").get_study()
     dataset = data.describe("fashion_mnist")
     for arm, (_, _, rate_of) in study.arms.items():
         assert rate_of is None or study.arms[rate_of].rate_of is None
-        config = sweep.config_of(study, sweep.Run(arm, sweep.TUNING, 0.1, 0))
+        config = run_config(study, Run(arm, TUNING, 0.1, 0))
         check_settings(config)
         program = make_program(config, dataset, config.num_workers, 10)
         size = sum(x.size for x in jax.tree.leaves(program.shapes.params))
@@ -136,6 +157,7 @@ def test_cifar10_takes_real_steps_on_a_stand_in(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full_compilation
 def test_cifar10_compiles_for_16_accelerators_on_four_hosts():
     chips = list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
     found = preflight.preflight(cifar10_resnet.get_config(), chips, exchange_only=False)
@@ -146,10 +168,10 @@ def test_cifar10_compiles_for_16_accelerators_on_four_hosts():
 @pytest.mark.parametrize("which", ["gap/allreduce", pytest.param("gap/three rounds in int8", marks=pytest.mark.slow)])
 def test_an_arm_s_run_by_train_is_the_row_of_the_study(which, data_dir, tmp_path):
     config = fashion_mnist_study.get_config(which)
-    config.dataset.data_dir, config.checkpoint.every, config.eval_every = str(data_dir), 0, 10.0
+    config.dataset.data_dir, config.checkpoint.every, config.eval_every = str(data_dir), None, 10.0
     _, rows = train.train(config, tmp_path)
-    arm = (which.removeprefix("gap/"), sweep.FINAL, 0)
-    rows_of_study = sweep.read(figures.PAPER.parent / "gap.csv")
+    arm = (which.removeprefix("gap/"), FINAL, 0)
+    rows_of_study = csv_rows.read(figures.PAPER.parent / "gap.csv")
     *_, row = (row for row in rows_of_study if (row["arm"], row["stage"], row["seed"]) == arm)
     assert rows[-1]["step"] == row["step"]
     assert rows[-1]["wire_bytes_per_step"] == row["wire_bytes_per_step"]
@@ -167,23 +189,35 @@ def test_a_study_or_an_arm_that_there_is_not_is_refused_with_those_that_there_ar
 def test_rows_and_a_reference_are_as_the_config_says():
     config = fashion_mnist.get_config()
     config.num_workers, config.simulate, config.model.name, config.model.options = 8, "yes", "mlp", {"hidden": (256,)}
-    config.algorithm.update(cut="rows", segments=7, pool_size=7, renew=10, in_flight=2)
+    config.crossover.update(cut="rows", segments=7, pool_size=7, renew_every=10, in_flight=2)
     check_settings(config)
     dataset = data.describe("fashion_mnist")
     program = make_program(config, dataset, place_workers(config, jax.devices()[:1]), 100)
-    described = [leaf for leaf in program.leaves if "(a part in each of 7 segments)" in leaf]
-    assert [leaf.split()[0].split("/")[-1] for leaf in described] == ["kernel"]  # 784 rows; 256 and 10 are not divided
     size = sum(x.size for x in jax.tree.leaves(program.shapes.params))
     sent = wire_bytes_per_step(program.algorithm, program.shapes.params, config)
     message = 114 * 256  # 784 · 256 / 7 numbers of the kernel and 404 others, in whole blocks
     assert sent == pytest.approx(4 * (7 * message + size * 2 * 7 / 8 / 10))
     for workers in (8, 64):  # as many rounds as workers allow, 7 and 12, would divide no layer
         config.num_workers = workers
-        config.algorithm.update(segments=0, pool_size=0)
+        config.crossover.update(segments=None, pool_size=None)
         chosen = make_program(config, dataset, place_workers(config, jax.devices()[:1]), 100)
-        assert len([leaf for leaf in chosen.leaves if "(a part in each of 8 segments)" in leaf]) == 1
         sent = wire_bytes_per_step(chosen.algorithm, chosen.shapes.params, config)  # by a switch it would be more
         assert sent == pytest.approx(4 * size * (1 + 2 * (1 - 1 / workers) / 10), rel=1e-2)
-    config.algorithm.cut = "columns"
-    with pytest.raises(ValueError, match=re.escape("`config.algorithm.cut` must be one of size, rows, got 'columns'")):
-        make_program(config, dataset, place_workers(config, jax.devices()[:1]), 100)
+
+
+def with_segments(segments):
+    config = fashion_mnist.get_config()
+    config.num_workers, config.simulate, config.model.name, config.model.options = 64, "yes", "mlp", {"hidden": (32,)}
+    config.crossover.segments = segments
+    return make_program(config, data.describe("fashion_mnist"), 64, 10), config
+
+
+@pytest.mark.parametrize("segments", [12, 13, 26])
+def test_segments_alone_get_a_pool_that_divides_them(segments):
+    program, config = with_segments(segments)
+    assert switches(program, config) == 0  # which each segment would have by a pool of another size
+
+
+def test_segments_that_no_good_pool_divides_are_refused_with_those_that_one_does():
+    with pytest.raises(ValueError, match="got 29: take 28 or 30"):
+        with_segments(29)

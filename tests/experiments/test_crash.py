@@ -6,8 +6,12 @@ import random
 import jax.numpy as jnp
 import pytest
 
-from experiments import checkpoint, crash_test
-from experiments.crash_test import EQUAL, SAVING, SETUP, TRAINING, Kill, Setting
+from experiments import checkpoint, csv_rows
+from experiments.trials import crash
+from experiments.trials.crash import EQUAL, SAVING, SETUP, TRAINING, Kill, Setting
+
+# Training in processes that are killed: run by `make test-tools`.
+pytestmark = pytest.mark.tools
 
 SAVE_OF_40, BEHIND_76 = Kill(SAVING, 0.25, 0.01), Kill(TRAINING, 0.7, 0.0)
 
@@ -27,8 +31,8 @@ def test_killed_runs_end_bit_for_bit_as_one_that_was_left_alone(num_processes, k
     epochs_of_60_steps = "--config.dataset.train_split=train[:3840]"
     flags = (f"--config.dataset.data_dir={data_dir}", epochs_of_60_steps, "--config.log_every=8")
     setting = Setting("crossover", num_processes, steps=100, every=20, flags=flags)
-    setup = crash_test.undisturbed(setting, tmp_path / "reference")
-    outcome = crash_test.disturbed(setting, kills, tmp_path / "trial", tmp_path / "reference", setup)
+    setup = crash.undisturbed(setting, tmp_path / "reference")
+    outcome = crash.disturbed(setting, kills, tmp_path / "trial", tmp_path / "reference", setup)
     assert outcome.verdict == EQUAL
     assert len(outcome.crashes) == len(kills)
     assert outcome.crashes[0].moment == SAVING
@@ -52,7 +56,7 @@ def test_every_difference_is_seen(tmp_path):
     reference = run_of(tmp_path / "reference", state, rows)
 
     def difference(name, state=state, rows=rows, **changed):
-        return crash_test.differences(run_of(tmp_path / name, state, rows, **changed), reference, 3)
+        return crash.differences(run_of(tmp_path / name, state, rows, **changed), reference, 3)
 
     other = state | {"w": state["w"].at[1, 2].add(1e-6)}
     rounded = [*rows[:2], rows[2] | {"train/loss": 0.3333333333333333 + 1e-16}]
@@ -62,32 +66,31 @@ def test_every_difference_is_seen(tmp_path):
     assert difference("rounded", rows=rounded) == "1 rows of metrics differ, first row 3"
     assert difference("state", state=other) == "leaves in the record of step 3 differ"
     assert difference("best", best=[2, 0.5]) == "best in the record of step 3 differ"
-    found, wanted = (crash_test.state_of(tmp_path / name, 3) for name in ("state", "reference"))
+    found, wanted = (crash.state_of(tmp_path / name, 3) for name in ("state", "reference"))
     assert [name for name in wanted if found[name] != wanted[name]] == ["['w']"]
-    assert crash_test.differences(reference, reference, 4) == "there is no checkpoint of step 4"
+    assert crash.differences(reference, reference, 4) == "there is no checkpoint of step 4"
 
 
 def test_kills_are_drawn_alike_and_fall_everywhere():
-    kills = [kill for seed in range(100) for kill in crash_test.draw(random.Random(seed), 2)]
-    assert kills == [kill for seed in range(100) for kill in crash_test.draw(random.Random(seed), 2)]
+    kills = [kill for seed in range(100) for kill in crash.draw(random.Random(seed), 2)]
+    assert kills == [kill for seed in range(100) for kill in crash.draw(random.Random(seed), 2)]
     assert {kill.moment for kill in kills} == {SETUP, TRAINING, SAVING}
     assert {kill.victim for kill in kills} == {None, 0, 1}
-    assert {kill.victim for seed in range(20) for kill in crash_test.draw(random.Random(seed), 1)} == {None}
+    assert {kill.victim for seed in range(20) for kill in crash.draw(random.Random(seed), 1)} == {None}
 
 
 def test_trials_with_a_row_are_not_run_again(tmp_path):
     setting, path = Setting("sgp", 2, 400, 20, ("--config.seed=1",)), tmp_path / "out.csv"
-    outcome = crash_test.Outcome(
-        [crash_test.Crash(SAVING, 25, 0), crash_test.Crash(SETUP, None, 0)], EQUAL, seconds=12.34
-    )
+    outcome = crash.Outcome([crash.Crash(SAVING, 25, 0), crash.Crash(SETUP, None, 0)], EQUAL, seconds=12.34)
     for number in (0, 1):
-        key = crash_test.key_of(setting, number, seed=0)
-        crash_test.append(path, crash_test.row_of(key, outcome))
+        key = crash.key_of(setting, number, seed=0)
+        row = crash.row_of(key, outcome)
+        csv_rows.append(path, [row], list(row))
     with open(path, "a") as file:
         file.write("sgp,2,400,20,--config.seed=1,0,2,sav")  # it was killed itself
-    kept = crash_test.read_rows(path)
-    assert list(kept) == [crash_test.key_of(setting, number, seed=0) for number in (0, 1)]
-    row = kept[crash_test.key_of(setting, 1, seed=0)]
+    kept = crash.read_rows(path)
+    assert list(kept) == [crash.key_of(setting, number, seed=0) for number in (0, 1)]
+    row = kept[crash.key_of(setting, 1, seed=0)]
     assert row["redone"] == "25"
-    assert "saving 25 → 0, set-up - → 0" in crash_test.line_of(2, row)
-    assert "2 of 2  2       0         2       0       25 of at most 40" in crash_test.summary(list(kept.values()))
+    assert "saving 25 → 0, set-up - → 0" in crash.line_of(2, row)
+    assert "2 of 2  2       0         2       0       25 of at most 40" in crash.summary(list(kept.values()))

@@ -1,6 +1,5 @@
 import concurrent.futures
 import dataclasses
-import doctest
 import gzip
 import hashlib
 import io
@@ -19,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from experiments import data
-from experiments.data import augment, batches, builders, convert, datasets, prepare, raw, sources
+from experiments.data import augment, builders, convert, prepare, raw, sources
 from tests.experiments import stand_ins
 
 RNG = np.random.default_rng(0)
@@ -428,8 +427,3 @@ def test_a_tfrecord_that_is_cut_or_too_short_is_refused(tfrecord, tmp_path):
         assert builders.find("mnist", tmp_path / "new") is None
     with pytest.raises(ValueError, match="`from_tfrecord` must be a TFDS data directory that holds mnist, got "):
         builders.prepare("mnist", data_dir=tmp_path / "new", from_tfrecord=tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("module", [augment, batches, datasets, raw])
-def test_examples_in_docstrings_hold(module):
-    assert doctest.testmod(module).failed == 0

@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from experiments import data, models, program, train
-from experiments.algorithms import make_optimizer
 from experiments.configs import decoder as small
 from experiments.configs import decoder_1b as large
 from experiments.evaluate import make_evaluate
 from experiments.models.decoder import layer, rms_norm
+from experiments.optimizers import make_optimizer
+from experiments.settings import check_settings
 from experiments.step import TrainState, init_state, train_step
 
 VOCABULARY, SEQUENCE = 12, 12
@@ -246,8 +247,9 @@ def test_workers_split_as_annotated_are_workers_under_vmap():
 
 
 def test_adamw_decays_matrices_but_not_the_scales_of_scanned_norms():
-    config = small.get_config().optimizer
-    config.update({"learning_rate": 0.1, "warmup": 0.0, "weight_decay": 0.5})
+    config = small.get_config()
+    config.schedule.update({"learning_rate": 0.1, "warmup": 0.0})
+    config.adamw.weight_decay = 0.5
     _, params, _ = tiny()
     params = jax.tree.map(lambda p: p + 1, params)
     optimizer = make_optimizer(config, 10)
@@ -259,8 +261,9 @@ def test_adamw_decays_matrices_but_not_the_scales_of_scanned_norms():
 
 
 def test_adamw_is_its_equations():
-    config = small.get_config().optimizer
-    config.update({"learning_rate": 0.1, "warmup": 0.0, "weight_decay": 0.0, "momentum": 0.8, "beta2": 0.9})
+    config = small.get_config()
+    config.schedule.update({"learning_rate": 0.1, "warmup": 0.0})
+    config.adamw.update({"weight_decay": 0.0, "b1": 0.8, "b2": 0.9})
     optimizer = make_optimizer(config, 10)
     state, m, v = optimizer.init(jnp.zeros(1)), 0.0, 0.0
     for t, gradient in enumerate((1.0, -3.0, 0.5)):
@@ -272,12 +275,12 @@ def test_adamw_is_its_equations():
 
 
 def test_an_unknown_optimizer_is_refused():
-    config = small.get_config().optimizer
-    config.name = "adam"
+    config = small.get_config()
+    config.optimizer = "adam"
     with pytest.raises(
-        ValueError, match=r"`config\.optimizer\.name` must be one of sgd, lars, adamw, got 'adam', did you mean"
+        ValueError, match=r"`config\.optimizer` must be one of sgd, lars, adamw, got 'adam', did you mean"
     ):
-        make_optimizer(config, 10)
+        check_settings(config)
 
 
 # ---- text ----
@@ -432,7 +435,7 @@ def test_a_short_run_learns_to_spell(tmp_path):
     config.model.options.update({"num_layers": 2, "width": 32, "num_heads": 2, "mlp_width": 64})
     config.num_workers, config.batch_size, config.eval_batch_size, config.simulate = 2, 16, 8, "yes"
     config.steps, config.log_every, config.eval_every = 60, 1, 100.0
-    config.optimizer.learning_rate = 1e-2
+    config.schedule.learning_rate = 1e-2
     _, rows = train.train(config.lock(), tmp_path / "run")
     assert rows[-1]["epoch"] == pytest.approx(60 * 16 / (8099 // 32))  # the last tenth of 9000 bytes is the test split
     assert rows[0]["train/loss"] > math.log(256) - 0.5

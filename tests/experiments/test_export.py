@@ -1,7 +1,6 @@
 """What `export` takes out of a checkpoint, and who can load it."""
 
 import contextlib
-import doctest
 import json
 import os
 import pathlib
@@ -18,10 +17,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 import crossover_jax as cj
+from crossover_jax import topology
 from experiments import algorithms, checkpoint, data, export, models, train
 from experiments.configs import fashion_mnist
-from experiments.program import make_program, versions
-from experiments.resume import settings_of
+from experiments.program import make_program
+from experiments.resume import as_json
+from experiments.settings import versions
 from experiments.step import Diverged
 
 N, TRAINED, EVALUATED = 4, 600, 500
@@ -41,7 +42,7 @@ def config_for(data_dir, **changes):
     config.dataset.update(small)
     config.model.name, config.model.options = "mlp", {"hidden": (32,)}
     config.num_workers, config.batch_size, config.steps, config.eval_batch_size = N, 64, 2, 160
-    config.simulate, config.optimizer.learning_rate = "yes", 0.02
+    config.simulate, config.schedule.learning_rate = "yes", 0.02
     config.checkpoint.every, config.checkpoint.keep = 1, 3
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
@@ -75,10 +76,10 @@ def leave(workdir, config, change=lambda state: state):
     noisy = lambda tree: jax.tree.map(lambda x: x + rng.uniform(0, 0.2, x.shape).astype(x.dtype), tree)
     state = change(state._replace(params=noisy(state.params), model_state=noisy(state.model_state)))
     record = {
-        "config": settings_of(config) | {"data": ", ".join(dataset.digest for dataset in sets)},
+        "config": as_json(config) | {"data": ", ".join(dataset.digest for dataset in sets)},
         "num_workers": N,
         "examples": 128,
-        "made": versions(),
+        "provenance": versions(),
         "best": None,
     }
     with contextlib.closing(checkpoint.Checkpoints(workdir, 1)) as saves:
@@ -172,8 +173,8 @@ def test_a_worker_is_that_worker_bit_for_bit(i, mlp, tmp_path, test_set):
 
 
 def test_what_push_sum_trains_is_exported_without_its_bias(data_dir, tmp_path, monkeypatch, test_set):
-    def pushed(c, optimizer, n, params, specs):
-        return cj.push_sum(optimizer, cj.pull(n, 3, 1).transpose(), cj.cycle(1, 3), cj.whole(), specs=specs)
+    def pushed(optimizer, n, params, specs, **keys):
+        return cj.push_sum(optimizer, topology.pull(n, 3, 1).transpose(), cj.whole(), topology.cycle(1, 3), specs=specs)
 
     monkeypatch.setitem(algorithms.ALGORITHMS, "sgp", pushed)
     weights = np.array([0.5, 1.5, 0.75, 1.25], np.float32)
@@ -182,7 +183,7 @@ def test_what_push_sum_trains_is_exported_without_its_bias(data_dir, tmp_path, m
         of_all = np.broadcast_to(weights, state.algorithm.weights.shape).copy()  # [workers, segments, workers]
         return state._replace(algorithm=state.algorithm._replace(weights=of_all))
 
-    state = leave(tmp_path / "run", config_for(data_dir, algorithm__name="sgp"), weighted)
+    state = leave(tmp_path / "run", config_for(data_dir, algorithm="sgp"), weighted)
     figures = export.export(tmp_path / "run", tmp_path / "out")
     unbiased = jax.tree.map(lambda x: x / weights.reshape(-1, *[1] * (x.ndim - 1)), pure(state.params))
     mean = jax.tree.map(lambda x: x.mean(0), unbiased)
@@ -239,7 +240,7 @@ def test_new_statistics_of_every_layer_are_those_of_one_forward_pass(resnet, dat
     monkeypatch.setattr(export, "BATCH", TRAINED)
     image = data.load("fashion_mnist", f"train[:{TRAINED}]", data_dir=data_dir).source.image
     graphdef, _, like = models.build("resnet8", num_classes=10, image_shape=(28, 28, 1), seed=0, width=2, stem_stride=2)
-    own, zero = cj.worker(resnet.state.params, 1), jax.tree.map(np.zeros_like, like)
+    own, zero = cj.one_worker(resnet.state.params, 1), jax.tree.map(np.zeros_like, like)
     found, sizes = export.recalibrated(export.restore(resnet.workdir, "last"), own, zero, TRAINED)
     _, moved = models.apply(graphdef, own, zero, normalised(image).astype(np.float32), train=True, key=None)
     expected = jax.tree.map(lambda x: x / 0.1, moved)
@@ -523,7 +524,3 @@ def test_the_command_refuses_a_folder_without_checkpoints(tmp_path):
     assert done.stderr.splitlines() == [
         f"error: `WORKDIR` must hold the checkpoints of a run, got {tmp_path} without any: name a run's folder."
     ]
-
-
-def test_examples_in_docstrings_hold():
-    assert doctest.testmod(export).failed == 0

@@ -1,13 +1,13 @@
 """Intervals against Student's table, what is compared with what, and pictures that show something."""
 
 import csv
-import doctest
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import figures, sweep
+from experiments import csv_rows, figures, sweep
+from experiments.studies.study import FINAL, TUNING
 
 SEEDS = 5
 
@@ -15,14 +15,14 @@ SEEDS = 5
 def write(path, arms):
     """Final runs with these accuracies by seed, and a tuning run and a row of a curve that must not count."""
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, (*sweep.KEY, *sweep.MEASURED))
+        writer = csv.DictWriter(file, sweep.COLUMNS)
         writer.writeheader()
         for arm, accuracies in arms.items():
             common = {"arm": arm, "learning_rate": 0.1, "step": 1}
-            writer.writerow({**common, "stage": sweep.TUNING, "seed": 1000, "accuracy": 1.0})
+            writer.writerow({**common, "stage": TUNING, "seed": 1000, "accuracy": 1.0})
             for seed, accuracy in enumerate(accuracies):
-                writer.writerow({**common, "stage": sweep.FINAL, "seed": seed, "accuracy": ""})
-                writer.writerow({**common, "stage": sweep.FINAL, "seed": seed, "accuracy": accuracy})
+                writer.writerow({**common, "stage": FINAL, "seed": seed, "accuracy": ""})
+                writer.writerow({**common, "stage": FINAL, "seed": seed, "accuracy": accuracy})
 
 
 def accuracies(mean, seed):
@@ -55,7 +55,7 @@ def test_every_study_has_a_picture_and_a_table(study, tmp_path, capsys):
 def test_arms_are_compared_seed_by_seed_with_the_allreduce_of_their_batch(tmp_path):
     arms = {"allreduce 512": [80.0, 82.0, 84.0], "crossover 512": [81.0, 83.5, 84.5], "allreduce 2048": [1.0, 1.0, 1.0]}
     write(tmp_path / "batch.csv", arms)
-    found = figures.final_accuracies(sweep.read(tmp_path / "batch.csv"))
+    found = figures.final_accuracies(csv_rows.read(tmp_path / "batch.csv"))
     assert {arm: list(x.values()) for arm, x in found.items()} == arms
     difference = figures.paired(found["crossover 512"], found[figures.baseline_of("crossover 512", found)])
     assert difference.mean == pytest.approx(1.0)
@@ -76,18 +76,13 @@ def test_a_warm_up_is_compared_with_the_allreduce_that_has_it_and_other_allreduc
 
 def test_tuning_seeds_are_gathered_by_learning_rate_without_the_rows_of_curves(tmp_path):
     write(tmp_path / "batch.csv", {"sgp 512": [80.0], "allreduce 512": [81.0]})
-    found = figures.tuning_accuracies(sweep.read(tmp_path / "batch.csv"))
+    found = figures.tuning_accuracies(csv_rows.read(tmp_path / "batch.csv"))
     assert found == {"sgp 512": {0.1: [1.0]}, "allreduce 512": {0.1: [1.0]}}
 
 
 def test_the_papers_numbers_are_in_the_figures():
-    with open(figures.PAPER, newline="") as file:
-        paper = [{name: sweep.number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    paper = csv_rows.read(figures.PAPER)
     crossover = figures.theirs_by(paper, "figure 8", "crossover", "workers")
     assert crossover == {8: [75.7285], 16: [75.386], 32: [75.115], 64: [74.0555]}
     for method in figures.ABLATIONS.values():
         assert list(figures.theirs_by(paper, "ablation", method, "workers")) == [8, 16, 32, 64]
-
-
-def test_examples_in_docstrings_hold():
-    assert doctest.testmod(figures).failed == 0

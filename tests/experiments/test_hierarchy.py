@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, traffic
+from crossover_jax import topology
 from experiments import models
+from experiments.compiled import collectives, traffic
 from experiments.step import init_state, make_train_step
 from tests.oracles import mixed_by_matrices
 
@@ -51,8 +52,8 @@ def network(bn_groups=1):
 
 
 def pool_table_cut(params):
-    pool, cut = cj.latin(WORKERS, 3), cj.by_module(params)  # by_size would cut each device's part
-    return pool, cj.sample(cut.num_segments, pool.num_rounds, seed=1), cut
+    pool, cut = topology.latin(WORKERS, 3), cj.by_module(params)  # by_size would cut each device's part
+    return pool, cut, topology.sample(cut.num_segments, pool.num_rounds, seed=1)
 
 
 def batch_at(step):

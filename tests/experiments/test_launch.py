@@ -1,6 +1,7 @@
 """The launch files, run with stand-ins for srun, scontrol, mpirun, ssh and gcloud: what each process is started with,
 and what JAX's own detection makes of it."""
 
+import importlib
 import inspect
 import itertools
 import json
@@ -20,9 +21,12 @@ import yaml
 from absl import flags
 from jax._src.clusters import k8s_cluster
 
-from experiments import processes, train
+from experiments import flags as train_flags
+from experiments import processes
 from experiments.launch import local
+from experiments.settings import check_settings
 
+pytestmark = pytest.mark.tools
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments/launch"
 SHELL = [LAUNCH / name for name in ("slurm.sbatch", "openmpi.sh", "by_hand.sh", "tpu_pod.sh")]
@@ -303,7 +307,7 @@ def test_every_process_has_flags_that_train_knows_and_joins_in_its_place(name, l
     started, joined = launched[name]
     assert len(started) == expected.processes
     namespace: dict = {}
-    exec(train.DEFAULT_CONFIG.read_text(), namespace)
+    exec(train_flags.DEFAULT_CONFIG.read_text(), namespace)
     config = namespace["get_config"]()
     for args, env in started:
         for key, value in values(args).items():
@@ -323,6 +327,33 @@ def test_every_process_has_flags_that_train_knows_and_joins_in_its_place(name, l
     assert {(found["address"], found["count"]) for found in joined} == {(expected.address, expected.processes)}
     devices = [str(i % 8) if expected.one_device else "all" for i in range(expected.processes)]
     assert [found["devices"] for found in joined] == devices
+
+
+@pytest.mark.parametrize("config", ["fashion_mnist", "imagenet_resnet50_crossover", "imagenet_resnet50_allreduce"])
+@pytest.mark.parametrize("name", STARTED)
+def test_a_launcher_sets_no_key_that_another_config_would_not_read(name, config, launched):
+    found = importlib.import_module(f"experiments.configs.{config}").get_config()
+    for key, value in values(launched[name][0][0].args).items():
+        if key.startswith("config."):
+            kind = type(operator.attrgetter(key.removeprefix("config."))(found))
+            found.update_from_flattened_dict({key.removeprefix("config."): kind(value)})
+    check_settings(found)
+
+
+def test_what_follows_a_launchers_command_goes_to_train(stub):
+    more = ["--config.crossover.during=True", "--config.seed=1 2"]
+    env = SUBMITTED | {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "8", "SLURM_NTASKS_PER_NODE": "8"}
+    env |= {"SLURM_CPUS_PER_TASK": "8", "SLURM_SUBMIT_DIR": str(ROOT), "PROJECT": "p", "ZONE": "z", "NAME": "n"}
+    hosts = stub / "hosts"
+    hosts.write_text("alpha slots=8\n")
+    env |= {"HOSTFILE": str(hosts)}
+    for path in SHELL:
+        run = ["run"] if path.name == "tpu_pod.sh" else []
+        own = {} if run else {"HOSTS": "alpha"}
+        [(_, args, _)] = calls(stub, ["bash", path, *run, *more], env | own)
+        words = [word for arg in args for word in (shlex.split(arg) if " " in arg else [arg])]
+        assert "--config.crossover.during=True" in words, path.name
+        assert "--config.seed=1 2" in args + words, path.name
 
 
 @pytest.mark.parametrize("slices", [1, 2])

@@ -13,6 +13,9 @@ import pytest
 
 from experiments.launch import local
 
+# Processes that a launcher starts and signals: run by `make test-tools`.
+pytestmark = pytest.mark.tools
+
 ROOT = pathlib.Path(__file__).parents[2]
 # Writes down how it was called and, when all have, does what the plan says for its process and its how-manieth start:
 # end with a code, die of a signal, wait for SIGTERM and end with 75 (if nothing is said), or ignore it.

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from crossover_jax.cuts import flatten
+from crossover_jax.leaves import flatten
 from experiments.models import MODELS, apply, build, coarse, fine, recalibrate
 from experiments.models.mlp import MLP
 from experiments.models.norm import BatchNorm, GroupNorm

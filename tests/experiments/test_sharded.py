@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import traffic
 from experiments import data
+from experiments.compiled import traffic
 from experiments.configs import decoder
 from experiments.evaluate import make_evaluate
 from experiments.program import make_program, place_workers
@@ -28,9 +28,9 @@ def is_trace(state):
 def make(algorithm, fsdp=1, tensor=1, *, devices=WORKERS):
     config = decoder.get_config()
     config.num_workers, config.batch_size, config.eval_batch_size = WORKERS, BATCH, 64
-    config.algorithm.name = algorithm
+    config.algorithm = algorithm
     config.inner.fsdp, config.inner.tensor = fsdp, tensor
-    config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.1
+    config.optimizer, config.schedule.learning_rate = "sgd", 0.1
     config.model.options.update({"num_layers": 2, "width": 64, "num_heads": 4, "mlp_width": 128})
     mesh = place_workers(config, jax.devices()[:devices])
     dataset = data.describe("text", sequence=16)

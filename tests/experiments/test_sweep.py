@@ -4,17 +4,29 @@ import csv
 
 import pytest
 
-from experiments import sweep, train
+from experiments import csv_rows, sweep, train
 from experiments.configs import fashion_mnist
-from experiments.sweep import FINAL, FIRST_TUNING_SEED, TUNING, Arm, Run, Study
+from experiments.studies import study as study_module
+from experiments.studies.study import (
+    FINAL,
+    FIRST_TUNING_SEED,
+    TUNING,
+    Arm,
+    Run,
+    Study,
+    groups_of,
+    missing_runs,
+    run_config,
+    tuning_accuracies,
+)
 
 STEPS = 6
 STUDY = """
-from experiments.sweep import Arm, Study
+from experiments.studies.study import Arm, Study
 from tests.experiments.test_sweep import small_config
 
 def get_study():
-    arms = {name: Arm("all", {"algorithm.name": name}) for name in ("crossover", "allreduce")}
+    arms = {name: Arm("all", {"algorithm": name}) for name in ("crossover", "allreduce")}
     return Study(small_config(), arms, learning_rates=(0.01, 0.02, 1e6), tuning_seeds=1, seeds=2, curve=2)
 """
 
@@ -23,7 +35,6 @@ def small_config():
     config = fashion_mnist.get_config()
     config.model.name, config.model.options = "mlp", {"hidden": (8,), "dropout": 0.1}
     config.num_workers, config.batch_size, config.eval_batch_size, config.steps = 4, 64, 5000, STEPS
-    config.algorithm.pool_size = 3
     return config
 
 
@@ -44,18 +55,18 @@ def tuned(best):
 
 
 def test_tuning_comes_first_and_an_arm_that_borrows_its_rate_is_not_tuned(study):
-    runs = sweep.missing(study, [])
+    runs = missing_runs(study, [])
     assert {run.stage for run in runs} == {TUNING}
     assert {run.arm for run in runs} == {"a", "b", "c"}
     assert len(runs) == len(set(runs)) == 3 * 3 * 2
     assert {run.seed for run in runs} == {FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1}
     done = tuned({"a": 0.2, "b": 0.2, "c": 0.2})(runs[:5])
-    assert sweep.missing(study, done) == runs[5:]
+    assert missing_runs(study, done) == runs[5:]
 
 
 def test_a_grid_is_widened_for_all_arms_of_the_problem_until_none_is_best_at_its_end(study):
     rows, best, asked = [], {"a": 0.2, "b": 1.6, "c": 0.05}, []
-    while (runs := sweep.missing(study, rows))[0].stage == TUNING:
+    while (runs := missing_runs(study, rows))[0].stage == TUNING:
         asked.append({run.learning_rate for run in runs})
         rows += tuned(best)(runs)
     rates = {name: sorted({r["learning_rate"] for r in rows if r["arm"] == name}) for name in "abc"}
@@ -63,41 +74,41 @@ def test_a_grid_is_widened_for_all_arms_of_the_problem_until_none_is_best_at_its
     assert rates["c"] == [0.025, 0.05, 0.1, 0.2, 0.4]
     assert {(run.arm, run.learning_rate) for run in runs} == {("a", 0.2), ("b", 1.6), ("c", 0.05), ("d", 1.6)}
     assert {run.seed for run in runs} == {0, 1, 2}
-    assert sweep.missing(study, rows + [{**run._asdict(), "accuracy": 1.0} for run in runs]) == []
+    assert missing_runs(study, rows + [{**run._asdict(), "accuracy": 1.0} for run in runs]) == []
 
 
 def test_widening_ends(study):
     rows = []
-    while (runs := sweep.missing(study, rows))[0].stage == TUNING:
+    while (runs := missing_runs(study, rows))[0].stage == TUNING:
         rows += tuned({"a": 0.0, "b": 1e9, "c": 0.2})(runs)
     grid = sorted({row["learning_rate"] for row in rows if row["arm"] == "a"})
-    assert (grid[0], grid[-1]) == (0.1 / 2**sweep.WIDER, 0.4 * 2**sweep.WIDER)
+    assert (grid[0], grid[-1]) == (0.1 / 2**study_module.WIDER, 0.4 * 2**study_module.WIDER)
 
 
 def test_a_run_that_diverged_counts_as_nothing_right(study):
     rows = [
         {"arm": "a", "stage": TUNING, "learning_rate": 0.1, "seed": s, "accuracy": x} for s, x in ((0, 80), (1, ""))
     ]
-    assert sweep.tuned(rows, "a") == {0.1: 40.0}
+    assert tuning_accuracies(rows, "a") == {0.1: 40.0}
 
 
 def test_runs_of_one_program_are_one_group(study):
-    groups = list(sweep.grouped(study, sweep.missing(study, [])))
+    groups = list(groups_of(study, missing_runs(study, [])))
     assert sorted(len(group) for group in groups) == [6, 12]  # a and c set nothing, and share one
     assert all(len({run.arm for run in group} & {"b"}) in (0, 1) for group in groups)
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_a_run_is_that_of_train_py(lanes, data_dir, tmp_path):
-    study = Study(small_config(), {"a": Arm("p", {"algorithm.name": "crossover"})}, learning_rates=(0.1, 0.2), curve=1)
+    study = Study(small_config(), {"a": Arm("p", {"algorithm": "crossover"})}, learning_rates=(0.1, 0.2), curve=1)
     study.config.dataset.data_dir = str(data_dir)
     runs = [Run("a", FINAL, 0.1, 0), Run("a", FINAL, 0.2, 7)]
     trainer = sweep.Trainer(study, runs[0])
     rows = [row for i in range(0, 2, lanes) for row in sweep.train(study, trainer, runs[i : i + lanes])]
     for run, row in zip(runs, rows, strict=True):
-        config = sweep.config_of(study, run)
-        config.seed, config.optimizer.learning_rate = run.seed, run.learning_rate
-        config.checkpoint.every, config.log_every = 0, STEPS
+        config = run_config(study, run)
+        config.seed, config.schedule.learning_rate = run.seed, run.learning_rate
+        config.checkpoint.every, config.log_every = None, STEPS
         _, found = train.train(config, tmp_path / str(run.seed))
         last = found[-1]
         assert (row["step"], row["seed"]) == (STEPS, run.seed)
@@ -112,7 +123,7 @@ def test_a_run_is_that_of_train_py(lanes, data_dir, tmp_path):
 def test_a_study_from_the_command_line_and_what_is_there_is_not_run_again(data_dir, tmp_path, capsys, monkeypatch):
     path, out = tmp_path / "study.py", tmp_path / "results" / "out.csv"
     path.write_text(STUDY)
-    monkeypatch.setattr(sweep, "WIDER", 0)
+    monkeypatch.setattr(study_module, "WIDER", 0)
     argv = [str(path), f"--out={out}", f"--data_dir={data_dir}", "--lanes=2"]
     assert sweep.main(argv) == 0
     printed = capsys.readouterr().out
@@ -133,3 +144,14 @@ def test_a_study_from_the_command_line_and_what_is_there_is_not_run_again(data_d
     monkeypatch.setattr(sweep, "train", None)
     assert sweep.main([*argv, "--arms=nobody"]) == 1
     assert "must be among crossover, allreduce" in capsys.readouterr().err
+
+
+def test_a_row_that_a_dying_process_left_unfinished_is_none_and_spoils_no_other(tmp_path):
+    path, columns = tmp_path / "rows.csv", ("arm", "accuracy", "code")
+    csv_rows.append(path, [{"arm": "a", "accuracy": 0.5, "code": "abc"}], columns)
+    whole = path.read_bytes()
+    for torn in (b"b", b"b,0.7", b"b,0.7,ab"):
+        path.write_bytes(whole + torn)
+        assert csv_rows.read(path) == [{"arm": "a", "accuracy": 0.5, "code": "abc"}]
+        csv_rows.append(path, [{"arm": "c", "accuracy": "", "code": "def"}], columns)
+        assert [row["arm"] for row in csv_rows.read(path)] == ["a", "c"]

@@ -2,10 +2,15 @@
 
 import json
 
+import jax.numpy as jnp
+import optax
 import pytest
 
-from crossover_jax.__main__ import TOPOLOGIES, describe, main
+import crossover_jax as cj
+from crossover_jax.__main__ import TOPOLOGIES, main
 from crossover_jax.topology import exponential, pull
+from crossover_jax.topology.describe import describe
+from crossover_jax.traced import trace_worker
 
 
 def run(capsys, *argv):
@@ -59,6 +64,14 @@ def test_uneven_load_and_a_moving_average_are_said(capsys):
     report = describe(pull(64, 8))
     assert report["peers"] == 1  # heard; more are sent
     assert report["messages"]["worker"]["max"] > 1
+
+
+@pytest.mark.parametrize(("workers", "rounds"), [(8, 7), (9, 8), (11, 8), (64, 12)])
+def test_the_pool_that_is_described_is_the_one_that_training_uses(workers, rounds, capsys):
+    algorithm, x = cj.crossover_sgd(optax.sgd(0.1), workers), jnp.zeros(1000)
+    step = lambda x: algorithm.update(x, algorithm.init(x), x, 0)[0]
+    assert str(trace_worker(step, x, axes={"worker": workers})).count(" ppermute[") == rounds
+    assert f"workers {workers}, rounds {rounds}, peers 1" in run(capsys, "latin", "--workers", str(workers))[1]
 
 
 def test_small_latin_pools_are_advised_to_grow(capsys):

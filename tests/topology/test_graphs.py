@@ -127,8 +127,8 @@ def test_no_workers_are_refused(build):
 def test_no_peers_are_refused():
     with pytest.raises(ValueError, match=r"^`peers` must be at least 1, got 0.$"):
         exponential(8, peers=0)
-    with pytest.raises(ValueError, match=r"^`max_degree` must be at least 1, got 0.$"):
-        base(8, max_degree=0)
+    with pytest.raises(ValueError, match=r"^`peers` must be at least 1, got 0.$"):
+        base(8, peers=0)
 
 
 def test_hypercube_refuses_what_is_no_power_of_two():

@@ -1,5 +1,6 @@
 """Drawn pools: what each promises for every number of workers, and the exact laws they are drawn from."""
 
+import re
 from collections import Counter
 from fractions import Fraction
 from itertools import permutations
@@ -7,7 +8,16 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from crossover_jax.topology import balanced, contraction, derangements, latin, messages, pull, symmetric
+from crossover_jax.topology import (
+    advised_pool_size,
+    balanced,
+    contraction,
+    derangements,
+    latin,
+    messages,
+    pull,
+    symmetric,
+)
 
 
 def all_latin(num_workers, pool_size, seed=0):
@@ -278,3 +288,51 @@ def test_latin_refuses_more_rounds_than_there_are_shifts():
 def test_symmetric_refuses_slices_that_cut_workers_unevenly():
     with pytest.raises(ValueError, match=r"^`slices` must divide `num_workers`, got 3 slices of 8 workers.$"):
         symmetric(8, 2, 3)
+
+
+SHIFTS = {1: 1, 2: 1, 3: 2, 4: 3, 8: 7, 9: 8, 10: 8, 16: 8, 17: 9, 64: 12, 1000: 20, 16384: 28}
+
+
+def test_the_advised_pool_has_2_log2_n_shifts_and_never_more_than_there_are():
+    assert {n: advised_pool_size(n) for n in SHIFTS} == SHIFTS
+
+
+@pytest.mark.parametrize(
+    ("workers", "by_segments"),
+    [
+        (64, {1: 12, 5: 12, 6: 6, 12: 12, 13: 13, 17: 17, 23: 23, 26: 13, 34: 17, 64: 8, 72: 12, 46: 23}),
+        (8, {1: 7, 3: 7, 4: 4, 5: 5, 7: 7, 8: 4, 12: 6}),
+        (2, {1: 1, 7: 1}),
+        (1, {1: 1, 7: 1}),
+    ],
+)
+def test_with_segments_the_advised_size_divides_them_or_they_are_too_few_for_any_that_mixes(workers, by_segments):
+    assert {s: advised_pool_size(workers, s) for s in by_segments} == by_segments
+
+
+@pytest.mark.parametrize("workers", [*range(2, 18), 31, 48, 64, 100, 257, 1024])
+def test_an_advised_pool_mixes_at_least_half_as_fast_as_the_pool_without_segments(workers):
+    """Of 13 segments, 64 workers: a pool of 1 leaves 0.998 of the disagreement per round, a pool of 13 leaves 0.6."""
+    rate = lambda size: -np.log(max(contraction(latin(workers, size)).worst, 1e-12))
+    rates = {}  # by size
+    asked = rate(advised_pool_size(workers))
+    for segments in range(1, 100):
+        try:
+            size = advised_pool_size(workers, segments)
+        except ValueError as error:
+            near = [int(s) for s in re.findall(r"take (\d+) or (\d+)\.", str(error))[0]]
+            assert near[0] < segments < near[1]
+            assert [s % advised_pool_size(workers, s) for s in near] == [0, 0]
+        else:
+            assert segments % size == 0 or (2 * segments < size == advised_pool_size(workers))
+            rates[size] = rates.get(size) or rate(size)
+            assert rates[size] >= asked / 2
+
+
+def test_segments_that_no_well_mixing_pool_divides_are_refused_with_their_neighbours():
+    for workers, segments, between in ((64, 31, "take 30 or 32"), (8, 13, "take 12 or 14"), (64, 97, "take 96 or 98")):
+        with pytest.raises(ValueError, match=rf"`num_segments` must have .* got {segments}: {between}\."):
+            advised_pool_size(workers, segments)
+    for arguments in ((0,), (8, 0)):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            advised_pool_size(*arguments)

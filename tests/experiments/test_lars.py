@@ -9,7 +9,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.compiled import collectives, wire_bytes
+from crossover_jax.traced import wire_bytes
+from experiments.compiled import collectives
+from experiments.optimizers import lars, scale_by_trust_ratio
 
 WORKERS, STEPS = 4, 5
 ETA, BETA, EPS = 0.0025, 0.96, 1e-9
@@ -35,9 +37,9 @@ def as_the_reference_does(params, grads_of, axis):
     buffers = jax.tree.map(np.zeros_like, params)
     for t in range(STEPS):
         for name, g in grads_of(t).items():
-            w, inner = params[name], tuple(range(1, params[name].ndim))
+            w, axes = params[name], tuple(range(1, params[name].ndim))
             if name in MATRICES:
-                of_w, of_g = (np.sqrt((x**2).sum(inner, keepdims=True)) for x in (w, g))
+                of_w, of_g = (np.sqrt((x**2).sum(axes, keepdims=True)) for x in (w, g))
                 if axis:
                     of_w, of_g = (np.mean(x, axis=0, keepdims=True) for x in (of_w, of_g))
                 ratio = np.where((of_w == 0) | (of_g == 0), 1, ETA * of_w / (of_g + decay(t) * of_w + EPS))
@@ -66,7 +68,7 @@ def grads_of(step):
 
 
 def reference(axis):
-    return cj.lars(rate, momentum=BETA, weight_decay=decay, coefficient=ETA, eps=EPS, axis=axis)
+    return lars(rate, momentum=BETA, weight_decay=decay, coefficient=ETA, eps=EPS, axis=axis)
 
 
 @pytest.mark.parametrize("axis", [None, "worker"])
@@ -82,7 +84,7 @@ def test_it_is_the_references_lars(axis):
 
 def test_without_decay_it_is_optax():
     params, grads = (jax.tree.map(jnp.float32, random_tree(seed)) for seed in (0, 1))
-    ours = cj.lars(0.3, momentum=0.9, coefficient=0.01, eps=0.0, nesterov=True)
+    ours = lars(0.3, momentum=0.9, coefficient=0.01, eps=0.0, nesterov=True)
     mask = {name: name in MATRICES for name in SHAPES}
     theirs = optax.lars(0.3, trust_coefficient=0.01, momentum=0.9, nesterov=True, trust_ratio_mask=mask)
     results = [tx.update(grads, tx.init(params), params)[0] for tx in (ours, theirs)]
@@ -124,4 +126,4 @@ def test_norms_of_sharded_leaves_are_those_of_whole_ones():
 
 def test_parameters_must_be_passed():
     with pytest.raises(ValueError, match="`params` must be passed"):
-        cj.scale_by_trust_ratio().update({"w": jnp.ones((2, 2))}, cj.scale_by_trust_ratio().init({}))
+        scale_by_trust_ratio().update({"w": jnp.ones((2, 2))}, scale_by_trust_ratio().init({}))

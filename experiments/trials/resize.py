@@ -1,6 +1,6 @@
 """Does a run go on as well on another number of workers? Paired over seeds, against the run that was never resized.
 
-    python experiments/resize_test.py --seeds 6 --out resize.csv
+    python -m experiments.trials.resize --seeds 6 --out resize.csv
 
 Each seed trains N workers for 500 steps; from their checkpoint of step 200 M workers go on. What is compared is the
 loss of the averaged model on the test set 50 steps later, in the middle of the schedule, and at its end: same data,
@@ -8,7 +8,6 @@ same order, same initialisation. Cells that are in the file are not run again.
 """
 
 import argparse
-import csv
 import itertools
 import pathlib
 import shutil
@@ -19,11 +18,10 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
-
-from experiments import checkpoint, train
+from experiments import checkpoint, csv_rows, train
 from experiments.configs import fashion_mnist
 from experiments.figures import interval
+from experiments.paths import local_path
 from experiments.resume import MATRICES, SAME, Resume
 
 PAIRS = [(8, 4), (4, 8), (8, 1), (1, 8), (8, 6), (6, 8)]
@@ -40,15 +38,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--algorithm", default="crossover")
     parser.add_argument("--data_dir", default="data")
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--out", required=True)
     args = parser.parse_args(argv)
-    rows = read(args.out)
+    try:
+        out = local_path("--out", args.out)
+    except ValueError as error:
+        parser.error(str(error))
+    rows = csv_rows.read(out)
     done = {(int(r["workers"]), int(r["resumed_on"]), r["how"], int(r["seed"])) for r in rows}
     for seed, workers in itertools.product(range(args.seeds), sorted({n for n, _ in PAIRS})):
         wanted = [(n, m, how, seed) for (n, m), how in itertools.product(PAIRS, MATRICES) if n == workers]
         if missing := [cell for cell in wanted if cell not in done]:
-            rows += compare(args, workers, seed, missing)
-            write(args.out, rows)
+            new = compare(args, workers, seed, missing)
+            csv_rows.append(out, new, COLUMNS)
+            rows += new
     return report(rows, args.seeds)
 
 
@@ -73,9 +76,11 @@ def compare(args: argparse.Namespace, workers: int, seed: int, cells: list) -> l
 def make_config(args: argparse.Namespace, workers: int, seed: int) -> ml_collections.ConfigDict:
     """A perceptron, with batches that 8 and 6 workers divide."""
     config = fashion_mnist.get_config()
-    config.seed = config.algorithm.seed = seed
+    config.seed = seed
+    if args.algorithm in config and "seed" in config[args.algorithm]:
+        config[args.algorithm].seed = seed
     config.num_workers, config.simulate, config.batch_size = workers, "yes", 240
-    config.dataset.data_dir, config.algorithm.name = args.data_dir, args.algorithm
+    config.dataset.data_dir, config.algorithm = args.data_dir, args.algorithm
     config.model.name, config.model.options = "mlp", ml_collections.ConfigDict({"hidden": (64,)})
     config.steps, config.checkpoint.every, config.checkpoint.keep = END, BEFORE, 100  # all
     return config
@@ -106,20 +111,6 @@ def report(rows: list[dict], seeds: int) -> int:
         print(f"{n} -> {m}    {how:8}  {'   '.join(cells)}")
     print("*: the 95 % interval does not contain 0")
     return int(wrong)
-
-
-def read(path: pathlib.Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: pathlib.Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

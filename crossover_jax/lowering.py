@@ -1,4 +1,4 @@
-"""The compiled forms of an exchange; the only `ppermute`.
+"""What an exchange compiles to; the only `ppermute`.
 
 Channels: every round is a permute, and a table that chooses at run time chooses which segments travel on it. Switch:
 every segment chooses among permutes. Index: one device holds all workers and reads what would have been sent.
@@ -14,10 +14,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from crossover_jax.cuts import widened
+from crossover_jax.leaves import widened
 from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.tables import Table
-from crossover_jax.wire import BLOCK, decode, encode, said
+from crossover_jax.wire import BLOCK, Wire
 
 
 def row_at(table: Table, step: Any) -> Array:
@@ -52,24 +52,18 @@ def traced_channels(table: Table, step: Any) -> Channels:
     return [(p, [next(parts) for _ in range(n)]) for p, n in zip(rounds.tolist(), uses.tolist(), strict=True)]
 
 
-def by_channels(
-    arrays: list[Array],
-    pieces: Pieces,
-    channels: Channels,
-    pool: Pool,
-    axis: str,
-    wire: str | None,
-    in_flight: int | None = None,
+def exchange_by_channels(
+    arrays: list[Array], pieces: Pieces, channels: Channels, pool: Pool, axis: str, wire: Wire, in_flight: int | None
 ) -> list[Array]:
     """Groups of `in_flight` channels (None: of all) one after the other; in a group no message waits for another."""
     size = in_flight or len(channels) or 1
     for first in range(0, len(channels), size):
-        arrays = _exchanged(arrays, pieces, channels[first : first + size], pool, axis, wire)
+        arrays = _exchange(arrays, pieces, channels[first : first + size], pool, axis, wire)
     return arrays
 
 
-def _exchanged(
-    arrays: list[Array], pieces: Pieces, channels: Channels, pool: Pool, axis: str, wire: str | None
+def _exchange(
+    arrays: list[Array], pieces: Pieces, channels: Channels, pool: Pool, axis: str, wire: Wire
 ) -> list[Array]:
     """All segments leave before any is written back.
 
@@ -77,12 +71,11 @@ def _exchanged(
     while messages arrive and makes room for the result before the last is averaged, 2.8 to 5.1 models
     (tests/test_memory.py).
     """
-    sent = lax.optimization_barrier([_taken(arrays, pieces, segments) for _, segments in channels])
-    received = [_received(x, pool, p, axis, wire) for x, (p, _) in zip(sent, channels, strict=True)]
+    sent = lax.optimization_barrier([_take(arrays, pieces, segments) for _, segments in channels])
+    received = [_receive(x, pool, p, axis, wire) for x, (p, _) in zip(sent, channels, strict=True)]
     sent, received = lax.optimization_barrier((sent, received))
     shares = [_shares(pool, p, axis) for p, _ in channels]
-    own = [said(x, wire) for x in sent]
-    mixed = [_averaged(*each) for each in zip(sent, own, received, shares, strict=True)]
+    mixed = [_average(x, wire.quantize(x), y, share) for x, y, share in zip(sent, received, shares, strict=True)]
     leaving = sum(count for _, segments in channels for _, count in segments)
     if leaving == len(pieces[0][1]) - 1:  # nothing stays at home: they are not needed any more
         mixed = lax.optimization_barrier(mixed)
@@ -92,7 +85,7 @@ def _exchanged(
     return arrays
 
 
-def _taken(arrays: list[Array], pieces: Pieces, segments: Sequence[tuple[Any, int]]) -> Array:
+def _take(arrays: list[Array], pieces: Pieces, segments: Sequence[tuple[Any, int]]) -> Array:
     """The parts of all arrays that segments are made of, in one vector."""
     parts = [
         _slice(x, *_place(bounds, first, count), d).reshape(-1)
@@ -105,10 +98,10 @@ def _taken(arrays: list[Array], pieces: Pieces, segments: Sequence[tuple[Any, in
     if size >= 64 * BLOCK and size % BLOCK:  # int8 would copy the vector to fill its last block up
         parts.append(jnp.zeros_like(parts[0], shape=-size % BLOCK))
     # XLA:CPU would make an array of each part before it concatenates them; on TPUs filling a vector needs more memory.
-    return lax.platform_dependent(*parts, cpu=_filled, default=lambda *parts: jnp.concatenate(parts))
+    return lax.platform_dependent(*parts, cpu=_fill, default=lambda *parts: jnp.concatenate(parts))
 
 
-def _filled(*parts: Array) -> Array:
+def _fill(*parts: Array) -> Array:
     vector, at = jnp.zeros_like(parts[0], shape=sum(part.size for part in parts)), 0
     for part in parts:
         vector = lax.dynamic_update_slice_in_dim(vector, part, at, 0)
@@ -123,7 +116,7 @@ def _slice(x: Array, start: Any, length: int, dimension: int) -> Array:
 
 
 def _put(arrays: list[Array], pieces: Pieces, segments: Sequence[tuple[Any, int]], vector: Array) -> list[Array]:
-    """The arrays with a vector written where it was `_taken` from."""
+    """The arrays with a vector written where it was `_take`n from."""
     arrays, at = list(arrays), 0
     for first, count in segments:
         for i, (d, bounds) in enumerate(pieces):
@@ -142,44 +135,45 @@ def _place(bounds: tuple[int, ...], first: Any, count: int) -> tuple[Any, int]:
     return first * bounds[1], count * bounds[1]
 
 
-def by_switch(
-    arrays: list[Array], pieces: Pieces, row: Array, table: Table, pool: Pool, axis: str, wire: str | None
+def exchange_by_switch(
+    arrays: list[Array], pieces: Pieces, row: Array, table: Table, pool: Pool, axis: str, wire: Wire
 ) -> list[Array]:
     def mix_round(p: int, x: Array) -> Array:
         if p < 0:
             return x
-        return _averaged(x, said(x, wire), _received(x, pool, p, axis, wire), _shares(pool, p, axis))
+        return _average(x, wire.quantize(x), _receive(x, pool, p, axis, wire), _shares(pool, p, axis))
 
     mixed = []
     for s in range(table.shape[1]):
         rounds = np.unique(table[:, s])  # only what this segment ever takes is compiled into its switch
         branches = [partial(mix_round, p) for p in rounds.tolist()]
-        part = _taken(arrays, pieces, [(s, 1)])
+        part = _take(arrays, pieces, [(s, 1)])
         mixed.append(lax.switch(jnp.searchsorted(rounds.astype(np.int32), row[s]), branches, part))
-    return _joined(arrays, pieces, mixed)
+    return _join(arrays, pieces, mixed)
 
 
-def by_index(arrays: list[Array], pieces: Pieces, row: Array, pool: Pool, axis: str, wire: str | None) -> list[Array]:
-    """The same exchange where one device holds all workers: nothing is sent, everybody reads what he would have got.
+def exchange_by_index(
+    arrays: list[Array], pieces: Pieces, row: Array, pool: Pool, axis: str, wire: Wire
+) -> list[Array]:
+    """The same exchange where one device holds all workers: everybody reads what he would have got.
 
-    Batching `ppermute` would do too, but on a CPU it reads element by element, and here whole segments are read
-    (benchmarks/simulated_exchange.py).
+    A batched `ppermute` would read element by element on a CPU (benchmarks/simulated_exchange.py).
     """
-    parts = [_taken(arrays, pieces, [(s, 1)]) for s in range(len(row))]
+    parts = [_take(arrays, pieces, [(s, 1)]) for s in range(len(row))]
     round_, me = jnp.maximum(row, 0), lax.axis_index(axis)
     share = jnp.asarray(pool.share, widened(parts[0].dtype))[round_, :, me]
     sources = jnp.asarray(pool.receive_from)[round_, :, me]
     mixed = []
     for s, part in enumerate(parts):
-        own = said(part, wire)
-        everyone = lax.all_gather(own, axis)
+        sent = wire.quantize(part)
+        everyone = lax.all_gather(sent, axis)
         received = [jnp.take(everyone, j, axis=0, mode="clip") for j in sources[s]]
-        mixed.append(jnp.where(row[s] < 0, part, _averaged(part, own, received, share[s])))
-    return _joined(arrays, pieces, mixed)
+        mixed.append(jnp.where(row[s] < 0, part, _average(part, sent, received, share[s])))
+    return _join(arrays, pieces, mixed)
 
 
-def _joined(arrays: list[Array], pieces: Pieces, vectors: list[Array]) -> list[Array]:
-    """The arrays that are made of all segments, each a vector as it was `_taken`."""
+def _join(arrays: list[Array], pieces: Pieces, vectors: list[Array]) -> list[Array]:
+    """The arrays that are made of all segments, each a vector as it was `_take`."""
     parts: list[list[Array]] = [[] for _ in arrays]
     for s, vector in enumerate(vectors):
         at = 0
@@ -187,33 +181,33 @@ def _joined(arrays: list[Array], pieces: Pieces, vectors: list[Array]) -> list[A
             shape = (*arrays[i].shape[:d], bounds[s + 1] - bounds[s], *arrays[i].shape[d + 1 :])
             parts[i].append(vector[at : at + math.prod(shape)].reshape(shape))
             at += math.prod(shape)
-    return [jnp.concatenate(own, d) for own, (d, _) in zip(parts, pieces, strict=True)]
+    return [jnp.concatenate(of_one, d) for of_one, (d, _) in zip(parts, pieces, strict=True)]
 
 
-def is_simulated(axis: str) -> bool:
-    return type(lax.axis_index(axis)).__name__ == "BatchTracer"
-
-
-def _received(x: Array, pool: Pool, p: int, axis: str, wire: str | None) -> list[Array]:
+def _receive(x: Array, pool: Pool, p: int, axis: str, wire: Wire) -> list[Array]:
     """What the messages of a round say, one `ppermute` per peer that anybody listens to."""
-    message = encode(x, wire)
+    message = wire.encode(x)
     # Fixed points are pairs too: vmap refuses partial permutations, and on GPUs they can hang.
     pairs = [[(int(j), i) for i, j in enumerate(pool.receive_from[p, k])] for k in _peers(pool, p)]
-    return [decode(lax.ppermute(message, axis, pairs_of_peer), x, wire) for pairs_of_peer in pairs if x.size]
+    return [wire.decode(lax.ppermute(message, axis, pairs_of_peer), x) for pairs_of_peer in pairs if x.size]
 
 
-def _averaged(x: Array, own: Array, received: list[Array], share: Sequence[Any] | Array) -> Array:
+def _average(x: Array, sent: Array, received: list[Array], share: Sequence[Any] | Array) -> Array:
     """x_i <- share[0] x_i + Σ_k share[1 + k] x_j, in float32 at least, returned in the dtype of `x`.
 
-    Where messages say less than `x`, with `own` = Q(x_i) and Q(x_j) in them, it is x_i − (1 − share[0]) Q(x_i) +
-    Σ_k share[1 + k] Q(x_j), which keeps the sum over i.
+    Where messages are rounded to Q(x), a worker subtracts what it *sent*, not what it holds:
+    x_i − (1 − share[0]) Q(x_i) + Σ_k share[1 + k] Q(x_j). The sum over i is then exact for any Q.
     """
     wide = widened(x.dtype)
-    mixed = _shared(share[0], x.astype(wide))
-    if own is not x:
-        mixed = x.astype(wide) - _shared(1 - share[0], own.astype(wide))
+    mixed = _scaled(share[0], x.astype(wide))
+    if sent is not x:
+        mixed = x.astype(wide) - _scaled(1 - share[0], sent.astype(wide))
     for message, of_message in zip(received, share[1:], strict=bool(x.size)):
-        mixed = mixed + _shared(of_message, message.astype(wide))
+        mixed = mixed + _scaled(of_message, message.astype(wide))
+    if sent is not x:
+        # What was rounded up on one side only may lie behind the largest number of the dtype.
+        largest = jnp.asarray(jnp.finfo(x.dtype).max, wide)
+        mixed = jnp.where(jnp.isfinite(x), jnp.clip(mixed, -largest, largest), mixed)
     return mixed.astype(x.dtype)
 
 
@@ -227,7 +221,7 @@ def _shares(pool: Pool, p: int, axis: str) -> list[Any]:
     return [row[0] if (row == row[0]).all() else jnp.asarray(row)[lax.axis_index(axis)] for row in rows]
 
 
-def _shared(share: Any, x: Array) -> Array:
+def _scaled(share: Any, x: Array) -> Array:
     """A share of 0 takes nothing, not even the NaN of a message that nobody wanted."""
     if isinstance(share, float):
         return jnp.asarray(share, x.dtype) * x

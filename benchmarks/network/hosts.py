@@ -1,6 +1,6 @@
 """Hosts with real, limited links on one Linux machine: network namespaces on a bridge, `tbf` at both ends of each link.
 
-    sudo python benchmarks/hosts.py --hosts 4 --rate 50mbit -- sh -c 'hostname; ping -c 1 10.99.0.1'
+    sudo python -m benchmarks.network.hosts --hosts 4 --rate 50mbit -- sh -c 'hostname; ping -c 1 10.99.0.1'
 
 runs a command on every host, as root. Host i is 10.99.0.(i + 1), named host<i>, in namespaces of its own for network,
 host name and mounts. All of it lives in one more set of namespaces that the kernel takes down with this process,
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 INSIDE = "CROSSOVER_JAX_LABORATORY"  # set for the process that holds the bridge
 NEEDED = ("unshare", "nsenter", "ip", "tc", "mount", "hostname")
@@ -47,10 +47,23 @@ BURST_S = 0.01  # how long the kernel may not get to a link without loss, where 
 ENDS = ("out", "err")
 NETWORK = "10.99.0.0/24"
 MAX_HOSTS = 250
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}  # per second
 
 
 class Missing(Exception):
     """Something without which this machine can have no hosts."""
+
+
+def bits_per_second(rate: str) -> float:
+    """A rate as `tc` writes it.
+
+    >>> bits_per_second("200mbit")
+    200000000.0
+    """
+    for unit, factor in UNITS.items():
+        if rate.endswith(unit):
+            return float(rate.removesuffix(unit)) * factor
+    raise ValueError(f"a rate must end with one of {', '.join(UNITS)}, got {rate!r}.")
 
 
 def address(host: int) -> str:
@@ -78,7 +91,7 @@ def enter() -> None:
         return
     check()
     # The first process of a PID namespace takes all others with it. It goes with `unshare`, and that with this process.
-    command = [*OWN, sys.executable, *sys.argv]
+    command = [*OWN, sys.executable, *sys.orig_argv[1:]]
     sys.exit(subprocess.call(command, env={**os.environ, INSIDE: "1"}, preexec_fn=_end_with_parent))
 
 
@@ -106,62 +119,81 @@ def run(
     fails, and where it takes more than `timeout` seconds, after which all are killed, and `ValueError` for a rate, a
     setting or a number of hosts that cannot be.
     """
-    if len(commands) > MAX_HOSTS:
-        raise ValueError(f"`commands` must be for at most {MAX_HOSTS} hosts, got {len(commands)}.")
+    _check_count(len(commands))
     tcp = {"limit_output_bytes": int(QUEUED * burst), "slow_start_after_idle": AFTER_IDLE, **(tcp or {})}
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder, contextlib.ExitStack() as opened:
-        hosts = pathlib.Path(folder, "hosts")
-        names = "".join(f"{address(i)} host{i}\n" for i in range(len(commands)))
-        hosts.write_text(f"127.0.0.1 localhost\n{names}")
+        names = [f"{address(i)} host{i}\n" for i in range(len(commands))]
+        pathlib.Path(folder, "hosts").write_text("".join(["127.0.0.1 localhost\n", *names]))
         _ip("link add bridge0 type bridge", "link set bridge0 up")
-        started = []
+        started: list[Host] = []
         try:
             for i, command in enumerate(commands):
-                inside = ["unshare", "--net", "--uts", "--mount", "sh", "-c", HOST]
-                shell = [*inside, f"host{i}", str(hosts), *command]
-                out, err = (opened.enter_context(open(pathlib.Path(folder, f"{i}.{end}"), "w+")) for end in ENDS)
-                host = subprocess.Popen(
-                    shell, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**os.environ, **(env or {})}
-                )
-                started.append((host, out, err))
-                _plug(i, host.pid, rate, burst)
-                _tune(host.pid, congestion, tcp)
-            for host, *_ in started:
-                host.stdin.write("go\n")
-                host.stdin.close()
-            until = time.monotonic() + timeout
-            while any(host.poll() is None for host, *_ in started) and not any(host.poll() for host, *_ in started):
-                if time.monotonic() > until:
-                    raise RuntimeError(f"`timeout` must be longer: after {timeout} s hosts are still at work")
-                time.sleep(0.05)
-            for i, (host, _, err) in enumerate(started):
-                if host.returncode:
-                    raise RuntimeError(f"host {i} ended with {host.returncode}: {_whole(err)[-2000:]}")
-            return [_whole(out) for _, out, _ in started]
+                ends = [opened.enter_context(open(pathlib.Path(folder, f"{i}.{end}"), "w+")) for end in ENDS]
+                started.append(_start(i, command, f"{folder}/hosts", ends, env or {}))
+                _plug(i, started[i].process.pid, rate, burst)
+                _tune(started[i].process.pid, congestion, tcp)
+            for host in started:
+                host.process.stdin.write("go\n")
+                host.process.stdin.close()
+            _wait([host.process for host in started], timeout)
+            for i, host in enumerate(started):
+                if host.process.returncode:
+                    raise RuntimeError(f"host {i} ended with {host.process.returncode}: {_whole(host.err)[-2000:]}")
+            return [_whole(host.out) for host in started]
         finally:
-            for host, *_ in started:
-                host.kill()
-                host.wait()
+            for host in started:
+                host.process.kill()
+                host.process.wait()
             _ip("link del bridge0")  # the links went with their hosts
 
 
-def run_self(num_hosts: int, rate: str, bytes_per_second: float, **settings: Any) -> list[Any]:
+def _check_count(hosts: int) -> None:
+    if hosts > MAX_HOSTS:
+        raise ValueError(f"`commands` must be for at most {MAX_HOSTS} hosts, got {hosts}.")
+
+
+class Host(NamedTuple):
+    process: subprocess.Popen
+    out: Any
+    err: Any
+
+
+def _start(i: int, command: Sequence[str], names: str, ends: Sequence[Any], env: Mapping[str, str]) -> Host:
+    """A host whose command waits for its link, and for a line on its stdin."""
+    inside = ["unshare", "--net", "--uts", "--mount", "sh", "-c", HOST, f"host{i}", names, *command]
+    out, err = ends
+    process = subprocess.Popen(
+        inside, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**os.environ, **env}
+    )
+    return Host(process, out, err)
+
+
+def _wait(processes: Sequence[subprocess.Popen], timeout: float) -> None:
+    """Until all have ended or one has failed."""
+    until = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+        if time.monotonic() > until:
+            raise RuntimeError(f"`timeout` must be longer: after {timeout} s hosts are still at work")
+        time.sleep(0.05)
+
+
+def run_self(num_hosts: int, rate: str, **settings: Any) -> list[Any]:
     """`enter`, then `run` this very command on every host, with `--host i` behind it: JAX on CPUs.
 
     What the last line of each says as JSON. XLA has as many threads on each host as the machine has cores.
     """
     enter()
-    commands = [[sys.executable, *sys.argv, "--host", str(i)] for i in range(num_hosts)]
-    burst = max(BURST, int(BURST_S * bytes_per_second))
+    commands = [[sys.executable, *sys.orig_argv[1:], "--host", str(i)] for i in range(num_hosts)]
+    burst = max(BURST, int(BURST_S * bits_per_second(rate) / 8))
     env = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-    said = run(commands, rate=rate, burst=burst, env=env, timeout=3600, **settings)
-    return [json.loads(text.splitlines()[-1]) for text in said]
+    outputs = run(commands, rate=rate, burst=burst, env=env, timeout=3600, **settings)
+    return [json.loads(text.splitlines()[-1]) for text in outputs]
 
 
 def sent_bytes() -> int:
     """Bytes of frames that this host has sent through its limit, headers included; 0 without a limit."""
-    said = subprocess.run(["tc", "-s", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True, check=True)
-    found = re.search(r"qdisc tbf .*?Sent (\d+) bytes", said.stdout, re.DOTALL)
+    shown = subprocess.run(["tc", "-s", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True, check=True)
+    found = re.search(r"qdisc tbf .*?Sent (\d+) bytes", shown.stdout, re.DOTALL)
     return int(found[1]) if found else 0
 
 
@@ -217,10 +249,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         enter()
-        said = run([args.command] * args.hosts, rate=args.rate)
+        outputs = run([args.command] * args.hosts, rate=args.rate)
     except (Missing, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    for i, text in enumerate(said):
+    for i, text in enumerate(outputs):
         print("".join(f"host {i}: {line}\n" for line in text.splitlines()), end="")
 
 

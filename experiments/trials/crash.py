@@ -1,6 +1,6 @@
 """Kill training at random moments, resume it, and compare its end bit for bit with a run that was never stopped.
 
-    python experiments/crash_test.py --runs 50 --processes 1,2 --algorithms crossover,sgp,allreduce --out crash.csv
+    python -m experiments.trials.crash --runs 50 --processes 1,2 --algorithms crossover,sgp,allreduce --out crash.csv
 
 For each configuration, an algorithm on a number of processes, one run is left alone. Each trial begins in an empty
 workdir, is killed by SIGKILL one to three times, in set-up, between two steps or while a checkpoint is written, and
@@ -16,19 +16,15 @@ a trial failed; its folder is kept.
 
 import argparse
 import contextlib
-import csv
 import json
-import os
 import pathlib
 import random
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,60 +32,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # as a script, not only as a module
-
-from experiments import checkpoint, processes
-from experiments.launch import local
-from experiments.report import METRICS
-
-DEVICES = 8  # of all processes together, one worker on each
-FLAGS = (
-    f"--config.num_workers={DEVICES}",
-    "--config.log_every=1",  # the rows tell how far a run has come
-    "--config.batch_size=64",
-    "--config.eval_batch_size=512",
-    "--config.dataset.train_split=train[:6400]",  # epochs of 100 steps
-    "--config.dataset.eval_split=test[:512]",
-    "--config.model.name=mlp",
-    "--config.model.options={'hidden': (32,)}",
+from experiments import checkpoint, csv_rows, processes
+from experiments.paths import local_path
+from experiments.trials.launch import (
+    DEVICES,
+    MOMENTS,
+    PATIENCE,
+    SAVING,
+    SETUP,
+    TRAINING,
+    Crash,
+    Failed,
+    Kill,
+    Setting,
+    launched,
 )
-SETUP, TRAINING, SAVING, ENDING = MOMENTS = ("set-up", "training", "saving", "ending")
+from experiments.workdir import METRICS
+
 EQUAL = "bitwise equal"
-POLL = 0.002  # seconds; a save takes some fifty times as long
-PATIENCE = 600  # seconds for a run to its end
-STARTED = re.compile(rb"set up in \d+ s; training \d+ steps(?: behind step (\d+))?\n")  # as train.py says it
-UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
-
-
-class Setting(NamedTuple):
-    """What a run is started with."""
-
-    algorithm: str
-    processes: int
-    steps: int
-    every: int  # steps between two checkpoints
-    flags: tuple[str, ...] = ()
-
-
-class Kill(NamedTuple):
-    """When a run is to be killed, and which of its processes."""
-
-    moment: str
-    place: float  # in [0, 1): of the seconds of set-up, or of the steps that are left
-    delay: float  # seconds behind that step, or behind the beginning of the save
-    victim: int | None = None  # None: all at once
-    grace: float = 0.0  # seconds that the others have
-
-
-class Crash(NamedTuple):
-    """How a run was killed, and what became of it."""
-
-    moment: str
-    reached: int | None  # the last step with a row; None: it had not begun to train
-    resumed: int | None = None  # the step that the next run went on from
-
-    def redone(self) -> int:
-        return 0 if self.reached is None or self.resumed is None else max(0, self.reached - self.resumed)
 
 
 class Outcome(NamedTuple):
@@ -100,16 +60,12 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-class Failed(Exception):
-    """A run did not end as it must."""
-
-
 def main(argv: Sequence[str]) -> int:
     """Run what is missing in `--out`; the exit code."""
     args = parse(argv)
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, through every `finally`
-    root = pathlib.Path(args.workdir or tempfile.mkdtemp(prefix="crash-test-"))
+    root = pathlib.Path(args.workdir or tempfile.mkdtemp(prefix="crash-"))
     settings = [
         Setting(algorithm, num_processes, args.steps, args.every, tuple(args.train_flags))
         for num_processes in args.processes
@@ -129,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
                 outcome = run_trial(setting, number, args.seed, folder, left_alone[setting])
                 kept[key] = row_of(key, outcome)
                 if args.out:
-                    append(args.out, kept[key])
+                    csv_rows.append(args.out, [kept[key]], list(kept[key]))
             rows.append(kept[key])
             print(line_of(i + 1, kept[key]), flush=True)
     except KeyboardInterrupt:
@@ -146,6 +102,11 @@ def main(argv: Sequence[str]) -> int:
         if not args.workdir:
             with contextlib.suppress(OSError):
                 root.rmdir()
+    return conclude(rows)
+
+
+def conclude(rows: Sequence[dict[str, str]]) -> int:
+    """Print what became of all trials; 1 if one failed."""
     print(f"\n{summary(rows)}")
     equal = sum(row["verdict"] == EQUAL for row in rows)
     redone = max((int(row["redone"]) for row in rows), default=0)
@@ -173,9 +134,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")
     parser.add_argument("--workdir", help="where runs go while they are needed; default: a temporary folder")
-    parser.add_argument("--out", type=pathlib.Path, help="CSV, a row for each trial")
+    parser.add_argument("--out", help="CSV, a row for each trial")
     parser.add_argument("train_flags", nargs="*", metavar="-- train.py's flags")
     args = parser.parse_args(argv)
+    try:
+        args.workdir = args.workdir and local_path("--workdir", args.workdir)
+        args.out = args.out and local_path("--out", args.out)
+    except ValueError as error:
+        parser.error(str(error))
     if wrong := [n for n in args.processes if n < 1 or DEVICES % n]:
         parser.error(f"--processes must be divisors of {DEVICES}, got {wrong[0]}")
     if args.runs < 1 or not 1 <= args.every <= args.steps:
@@ -315,175 +281,6 @@ def state_of(workdir: pathlib.Path, step: int) -> dict[str, tuple[Any, ...]]:
     return {jax.tree_util.keystr(name): (str(x.dtype), x.shape, np.asarray(x).tobytes()) for name, x in leaves}
 
 
-# Runs
-
-
-class Launch:
-    """The processes of a run, and what it has done so far as its folder shows it."""
-
-    def __init__(self, setting: Setting, workdir: pathlib.Path, output: pathlib.Path):
-        self._setting, self._workdir, self._output = setting, workdir, output
-        self._start: int | None = None
-        self._metrics_before = self._metrics_file()
-        self._stale = self._unfinished()  # saves that the run before it did not end
-        self._processes: list[subprocess.Popen] = []
-
-    def begin(self) -> None:
-        num_processes, port = self._setting.processes, local.free_port()
-        # With a compilation cache a resumed run would not compile its own step, which has to give the same bits.
-        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // num_processes)}
-        flags = [
-            *FLAGS,
-            f"--config.algorithm.name={self._setting.algorithm}",
-            f"--config.steps={self._setting.steps}",
-            f"--config.checkpoint.every={self._setting.every}",
-            *self._setting.flags,
-            f"--workdir={self._workdir}",
-        ]
-        with open(self._output, "wb") as output:
-            for i in range(num_processes):
-                alone = [sys.executable, str(local.TRAIN), *flags]
-                line = local.command(flags, port, num_processes, i) if num_processes > 1 else alone
-                self._processes.append(
-                    subprocess.Popen(
-                        local.dying_with_us(line), env=environment, stdout=output, stderr=subprocess.STDOUT
-                    )
-                )
-
-    def end(self) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
-
-    def is_alive(self) -> bool:
-        return all(process.poll() is None for process in self._processes)
-
-    def wait(self) -> None:
-        """Wait for the run to end by itself. Raises `Failed` unless it ends well."""
-        deadline = time.monotonic() + PATIENCE
-        while None in (codes := [process.poll() for process in self._processes]):
-            if any(codes) or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        if any(codes):
-            text = self._output.read_text(errors="replace").replace("\r", "\n").strip()
-            raise Failed(f"process {[bool(code) for code in codes].index(True)} ended by itself: {text[-300:]!r}")
-        if None in codes:
-            raise Failed(f"it did not end within {PATIENCE} s")
-
-    def kill(self, kill: Kill, setup: float) -> Crash | None:
-        """Kill it at its moment, of which `setup` is the seconds of set-up; None if it ends before. Raises `Failed`."""
-        began, delay = time.monotonic(), kill.delay
-        while self.is_alive() and time.monotonic() < began + PATIENCE:
-            if not self._is_time(kill, time.monotonic() - began, setup):
-                time.sleep(POLL)
-                continue
-            time.sleep(delay)
-            with self._frozen():  # so that what is seen is what it dies of
-                crash = Crash(self._moment(), self.reached())
-                if kill.moment != SAVING or crash.moment == SAVING:
-                    victims = self._processes if kill.victim is None else [self._processes[kill.victim]]
-                    for process in victims:
-                        process.kill()
-                    for process in victims:
-                        process.wait()
-                    break
-            delay /= 2  # the save was over
-        else:
-            self.wait()
-            return None
-        deadline = time.monotonic() + kill.grace
-        while None in [process.poll() for process in self._processes] and time.monotonic() < deadline:
-            time.sleep(POLL)
-        self.end()
-        return crash
-
-    def start(self) -> int | None:
-        """The step that it went on from; None before it has been set up."""
-        if self._start is None and (found := STARTED.search(self._output.read_bytes())):
-            self._start = int(found[1] or 0)
-        return self._start
-
-    def reached(self) -> int | None:
-        """The last step of which there is a row; None before it has been set up."""
-        start = self.start()
-        if start is None or self._metrics_file() == self._metrics_before:  # the rows of the run before it
-            return start
-        with open(self._workdir / METRICS, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().splitlines()
-        for line in reversed(lines):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                return json.loads(line)["step"]
-        return start
-
-    def _saving(self) -> int | None:
-        """The step of which a checkpoint is being written."""
-        now = self._unfinished()
-        self._stale &= now
-        return max((step for step, _ in now - self._stale), default=None)
-
-    def _moment(self) -> str:
-        if self.start() is None:
-            return SETUP
-        if self._saving() is not None:
-            return SAVING
-        return ENDING if self.reached() == self._setting.steps else TRAINING
-
-    def _is_time(self, kill: Kill, seconds: float, setup: float) -> bool:
-        start, reached = self.start(), self.reached()
-        if kill.moment == SETUP:
-            return seconds >= kill.place * setup or start is not None
-        if start is None or reached is None:
-            return False
-        target = start + kill.place * (self._setting.steps - start)
-        if kill.moment == TRAINING:
-            return reached >= target
-        step = self._saving()
-        return step is not None and step >= target
-
-    @contextlib.contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """No process of it does anything; those that are not killed go on afterwards."""
-        for process in self._processes:
-            process.send_signal(signal.SIGSTOP)
-        for process in self._processes:
-            with contextlib.suppress(ChildProcessError):  # it has ended
-                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        yield
-        for process in self._processes:
-            process.send_signal(signal.SIGCONT)
-
-    def _metrics_file(self) -> int | None:
-        """Which file it is: a run that has been set up makes a new one."""
-        try:
-            return (self._workdir / METRICS).stat().st_ino
-        except FileNotFoundError:
-            return None
-
-    def _unfinished(self) -> set[tuple[int, int]]:
-        """Steps and inodes of the checkpoints that have no name yet."""
-        found = set()
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._workdir / checkpoint.FOLDER) as entries:
-            for entry in entries:
-                if match := UNFINISHED.fullmatch(entry.name):
-                    found.add((int(match[1]), entry.inode()))
-        return found
-
-
-@contextlib.contextmanager
-def launched(setting: Setting, workdir: pathlib.Path, output: pathlib.Path) -> Iterator[Launch]:
-    """A run of `train.py`, of which nothing is left behind the block."""
-    launch = Launch(setting, workdir, output)
-    try:
-        launch.begin()
-        yield launch
-    finally:
-        launch.end()
-
-
 # What is shown and kept
 
 
@@ -516,21 +313,8 @@ def row_of(key: tuple[str, ...], outcome: Outcome) -> dict[str, str]:
 
 
 def read_rows(path: pathlib.Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """The rows of earlier trials; one that was not written to its end is none."""
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        return {tuple(row[name] for name in KEY): row for row in csv.DictReader(file) if row.get("verdict")}
-
-
-def append(path: pathlib.Path, row: dict[str, str]) -> None:
-    """Add a row to the CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
+    """The rows of earlier trials by what names them."""
+    return {tuple(row[name] for name in KEY): row for row in csv_rows.read(path, str)}
 
 
 def line_of(number: int, row: dict[str, str]) -> str:

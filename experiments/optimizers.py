@@ -1,16 +1,106 @@
-"""LARS for workers that see different gradients: trust ratios from own norms, or from norms averaged over workers."""
+"""The optimizers of the experiments by name, their schedule, and LARS for workers that see different gradients."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 from jax import lax
 
 PyTree = Any
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 Mask = Callable[[PyTree], PyTree]  # params -> which leaves have a trust ratio and weight decay
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, num_steps: int, learning_rate: jax.Array | None = None
+) -> optax.GradientTransformation:
+    """What `config.optimizer` names, with its own group of keys; weight decay is of `matrices` only.
+
+    The highest learning rate is `config.schedule.learning_rate`, or `learning_rate`, which may be traced.
+    """
+    scheduled = partial(make_schedule, config.schedule, num_steps)
+    if learning_rate is None:
+        rate = scheduled(config.schedule.learning_rate)
+    else:
+        shape = scheduled(1.0)
+
+        def rate(step):  # optax' own take no traced rate
+            return learning_rate * shape(step)
+
+    return optax.chain(OPTIMIZERS[config.optimizer](rate, scheduled, **config[config.optimizer]), note_finite())
+
+
+class FiniteState(NamedTuple):
+    finite: jax.Array  # shape=(), dtype=bool
+
+
+def note_finite() -> optax.GradientTransformation:
+    """Keep in the state whether the last update was finite, and change nothing.
+
+    The algorithms leave out an update that is not, so that peers do not take a NaN. A run in which every one is left
+    out would go on to its end, having learnt nothing: `train_step` tells it by this flag, which stays although the
+    rest of the state is taken back.
+    """
+
+    def init(params: PyTree) -> FiniteState:
+        del params
+        return FiniteState(jnp.bool_(True))
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, FiniteState]:
+        del state, params
+        finite = [jnp.isfinite(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(updates)]
+        return updates, FiniteState(jnp.stack(finite).all())
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_schedule(config: ml_collections.ConfigDict, num_steps: int, peak: float) -> optax.Schedule:
+    """Linear warm-up to `peak`, then a cosine to zero, or (1 - t) to the power of `polynomial.power`.
+
+    `config` is `config.schedule`. Of w steps of warm-up the first takes 1 / (w + 1) of the peak. A fall by a power ends
+    at `polynomial.end` of the peak, and stays there. `warmup` and `polynomial.tail`, that stay, are parts of all steps.
+
+    >>> from experiments.configs import imagenet_resnet50_crossover
+    >>> schedule = make_schedule(imagenet_resnet50_crossover.get_config().schedule, 100, peak=1.0)
+    >>> [round(float(schedule(step)), 4) for step in (0, 40, 70, 98, 100)]
+    [0.0244, 1.0, 0.2035, 0.0025, 0.0025]
+    """
+    warmup = round(config.warmup * num_steps)
+    last = max(num_steps, warmup + 1)
+    if config.decay == "cosine":
+        return optax.schedules.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, last)
+    own = config.polynomial
+    rise = optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup)
+    until = max(last - round(own.tail * num_steps), warmup + 1)
+    fall = optax.schedules.polynomial_schedule(peak, own.end * peak, own.power, until - warmup)
+    return optax.schedules.join_schedules([rise, fall], [warmup])
+
+
+def _sgd(rate, scheduled, *, momentum, nesterov, weight_decay):
+    del scheduled
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=matrices),
+        optax.sgd(rate, momentum=momentum, nesterov=nesterov),
+    )
+
+
+def _lars(rate, scheduled, *, weight_decay, average_norms, **own):
+    # As in the paper the decay follows the learning rate: a constant one would grow beside a rate that falls to zero.
+    return lars(rate, weight_decay=scheduled(weight_decay), axis="worker" if average_norms else None, **own)
+
+
+def _adamw(rate, scheduled, **own):
+    del scheduled
+    return optax.adamw(rate, mask=matrices, **own)
+
+
+# name -> (learning rate, peak -> schedule of that peak, the keys of its group) -> GradientTransformation
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": _sgd, "lars": _lars, "adamw": _adamw}
+DECAYS = ("cosine", "polynomial")
 
 
 class TrustRatioState(NamedTuple):
@@ -20,10 +110,15 @@ class TrustRatioState(NamedTuple):
 def matrices(params: PyTree) -> PyTree:
     """Leaves of two dimensions or more: not biases, not the scales of normalisation.
 
-    >>> matrices({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
-    {'bias': False, 'kernel': True}
+    >>> matrices({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3), "norm": jnp.zeros((4, 3))})
+    {'bias': False, 'kernel': True, 'norm': False}
     """
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    def is_matrix(path: tuple, x: jax.Array) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return x.ndim > 1 and not name.endswith("norm")  # the scales of scanned layers are [layers, width]
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def lars(

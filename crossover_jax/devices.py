@@ -1,4 +1,4 @@
-"""Inside a worker: every device sends its own part of every leaf, so that one worker sends one model in all."""
+"""The devices of one worker: each sends its own part of every leaf, so that one worker sends one model in all."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,44 +10,58 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-Part = Callable[..., list[jax.Array]]
+from crossover_jax.axes import checks_types
+
+OnParts = Callable[..., list[jax.Array]]
 
 
-def on_parts(function: Part, leaves: list[jax.Array], specs: Sequence[P | None], axis: str, *shared: Any):
-    """`function(parts, *shared)`, each device having its own part of each leaf; returns leaves as they lay.
+def inner_axes(axis: str) -> dict[str, int]:
+    """Names and sizes of the axes inside a worker; none where one device is a worker, or simulates all of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis not in mesh.manual_axes:
+        return {}
+    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes and size > 1}
 
-    Inside a `shard_map` that is manual over `axis` and leaves other axes of the mesh (the inner ones) to the compiler,
-    a nested one takes those too. A leaf whose spec names all inner axes enters as it lies. One that lies whole on every
-    device enters flat, 1/n per device, and is gathered inside the worker afterwards; one in between is split further
-    along a dimension that allows it. Without inner axes, and under `vmap`, this is `function(leaves, *shared)`.
+
+def has_inner_axes(axis: str) -> bool:
+    """Whether how leaves lie inside a worker must be told: its devices are several, and types do not say it."""
+    return bool(inner_axes(axis)) and AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types
+
+
+def on_parts(function: OnParts, leaves: list[jax.Array], specs: Sequence[P | None], axis: str, *replicated: Any):
+    """`function(parts, *replicated)`, each device with its own part of each leaf; returns leaves as they lay.
+
+    Inside the `shard_map` over `axis` a nested one takes the inner axes too. A leaf whose spec names all of them enters
+    as it lies. One that lies whole on every device enters flat, 1/n per device, and is gathered inside the worker
+    afterwards; one in between is split further. Without inner axes, and under `vmap`, the leaves are the parts.
 
     `specs` are over inner axes; None means as the type says (Explicit axes), or whole on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    inner = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes and size > 1}
-    if axis not in mesh.manual_axes or not inner:
-        return function(leaves, *shared)
+    mesh, inner = jax.sharding.get_abstract_mesh(), inner_axes(axis)
+    if not inner:
+        return function(leaves, *replicated)
     own = [_own_spec(leaf, spec, mesh) for leaf, spec in zip(leaves, specs, strict=True)]
     split = [_split_spec(leaf.shape, spec, inner) for leaf, spec in zip(leaves, own, strict=True)]
     parts = [_enter(leaf, o, s, inner, mesh) for leaf, o, s in zip(leaves, own, split, strict=True)]
     lying = {i: s for i, s in enumerate(split) if s is not None}
-    flat: dict[Any, list[int]] = {}
+    flat: dict[Any, list[int]] = {}  # by dtype
     for i, leaf in enumerate(leaves):
         if i not in lying:
             flat.setdefault(leaf.dtype, []).append(i)
 
-    def on_device(parts: list[jax.Array], *shared: Any):
+    def on_device(parts: list[jax.Array], *replicated: Any):
         """Flat leaves leave packed, one vector per dtype: leaf by leaf they would be hundreds of messages."""
-        parts = function(parts, *shared)
+        parts = function(parts, *replicated)
         packed = [_aligned(jnp.concatenate([parts[i] for i in group])) for group in flat.values()]
         return {i: parts[i] for i in lying}, packed
 
     every = P(tuple(inner))
-    in_specs = ([every if s is None else s for s in split], *[P()] * len(shared))
+    in_specs = ([every if s is None else s for s in split], *[P()] * len(replicated))
     out_specs = (lying, [every] * len(flat))
-    parts, packed = jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs, axis_names=set(inner))(
-        parts, *shared
-    )
+    # As the `shard_map` around it: with types checked only here, what it closes over would have none.
+    parts, packed = jax.shard_map(
+        on_device, in_specs=in_specs, out_specs=out_specs, axis_names=set(inner), check_vma=checks_types(axis)
+    )(parts, *replicated)
     for group, vector in zip(flat.values(), packed, strict=True):
         rows = _place(vector, P(), mesh).reshape(math.prod(inner.values()), -1)
         parts |= dict(zip(group, _leaves_of(rows, [leaves[i] for i in group]), strict=True))

@@ -1,8 +1,8 @@
 """What small programs of permutes take on hosts with limited links: messages alone, no packing, no averaging.
 
-    sudo python benchmarks/permutes.py --hosts 8 --rate 200mbit --arms shift/1,shift/4,segments/6,all_to_all,mean
-    sudo python benchmarks/permutes.py --hosts 8 --rate 200mbit --arms segments/6 --queued 4194304
-    sudo python benchmarks/permutes.py --hosts 4 --rate 50mbit --params 1.25e6 --arms beside/1,beside/2,packed/2
+    sudo python -m benchmarks.network.permutes --hosts 8 --rate 200mbit --arms shift/1,shift/4,segments/6,mean
+    sudo python -m benchmarks.network.permutes --hosts 8 --rate 200mbit --arms segments/6 --queued 4194304
+    sudo python -m benchmarks.network.permutes --hosts 4 --rate 50mbit --params 1.25e6 --arms beside/1,beside/2,packed/2
 
 One process per host on Gloo (`hosts.py`) with a vector of `--params` numbers, and one program per arm:
 
@@ -26,7 +26,6 @@ vectors, on each host.
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import json
@@ -34,23 +33,21 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-import hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from crossover_jax.plan import as_table, bits_per_second
+from benchmarks.network import hosts, turns
+from benchmarks.network.hosts import bits_per_second
+from benchmarks.rows import append_rows
+from crossover_jax.text import as_table
 
 WIDTH = 512  # of the matrices
 TCP = ("limit_output_bytes", "slow_start_after_idle")
@@ -71,9 +68,9 @@ class Arm(NamedTuple):
     has_products: bool = False
 
 
-def parsed(text: str, n: int, size: int) -> Arm:
+def parse_arm(text: str, n: int, size: int) -> Arm:
     """
-    >>> parsed("chained/3", 4, 300).sizes
+    >>> parse_arm("chained/3", 4, 300).sizes
     [100]
     """
     name, _, number = text.partition("/")
@@ -84,26 +81,35 @@ def parsed(text: str, n: int, size: int) -> Arm:
         raise ValueError(f"`--hosts` must be at least 3, for between two hosts every permute is a swap, got {n}.")
     if name == "shift" and count >= n:
         raise ValueError(f"a shift must be less than the {n} hosts, got {text!r}.")
+    return make_whole(name, n, size) if name in ("all_to_all", "mean") else make_permutes(name, count, n, size)
+
+
+def make_whole(name: str, n: int, size: int) -> Arm:
+    """One collective of all hosts."""
+    if name == "mean":
+        sent = 2 * (n - 1) / n * size
+        return Arm([size], sent, lambda x: [lax.pmean(x, "worker")], lambda x: [np.tile(x.mean(0), (n, 1))])
+    piece = size // (n - 1)
+    return Arm(
+        [n * piece],
+        (n - 1) * piece,
+        lambda x: [lax.all_to_all(x, "worker", 0, 0, tiled=True)],
+        lambda x: [x.reshape(n, n, piece).swapaxes(0, 1).reshape(n, -1)],
+    )
+
+
+def make_permutes(name: str, count: int, n: int, size: int) -> Arm:
+    """One or several shifts, or products without one."""
     no_swaps = itertools.cycle(k for k in range(1, n) if 2 * k != n)
     shifts = [count] if name == "shift" else [*itertools.islice(no_swaps, count)]
-    part, piece = size // max(1, len(shifts)), size // (n - 1)
+    part = size // max(1, len(shifts))
 
     def ahead(x, k):
         return lax.ppermute(x, "worker", [(i, (i + k) % n) for i in range(n)])
 
-    def each(function, xs):
+    def apply(function, xs):
         return [function(x, k) for x, k in zip(xs, shifts, strict=True)]
 
-    if name == "all_to_all":
-        return Arm(
-            [n * piece],
-            (n - 1) * piece,
-            lambda x: [lax.all_to_all(x, "worker", 0, 0, tiled=True)],
-            lambda x: [x.reshape(n, n, piece).swapaxes(0, 1).reshape(n, -1)],
-        )
-    if name == "mean":
-        summed = 2 * (n - 1) / n * size
-        return Arm([size], summed, lambda x: [lax.pmean(x, "worker")], lambda x: [np.tile(x.mean(0), (n, 1))])
     if name == "chained":
         chain = functools.partial(functools.reduce, ahead, shifts)
         return Arm([part], part * count, lambda x: [chain(x)], lambda x: [np.roll(x, sum(shifts), 0)])
@@ -111,8 +117,8 @@ def parsed(text: str, n: int, size: int) -> Arm:
     return Arm(
         [part] * len(shifts),
         part * len(shifts),
-        lambda *xs: each(ahead, [jnp.roll(x, turn) for x in xs] if turn else xs),
-        lambda *xs: each(lambda x, k: np.roll(x, (k, turn), (0, 1)), xs),
+        lambda *xs: apply(ahead, [jnp.roll(x, turn) for x in xs] if turn else xs),
+        lambda *xs: apply(lambda x, k: np.roll(x, (k, turn), (0, 1)), xs),
         name in ("products", "beside", "packed"),
     )
 
@@ -135,92 +141,84 @@ def main(argv: Sequence[str]) -> None:
     try:
         if args.queued is not None and args.queued < 1:
             raise ValueError(f"`--queued` must be at least 1, got {args.queued}.")
-        arms = {text: parsed(text, args.hosts, int(args.params)) for text in args.arms.split(",")}
+        arms = {text: parse_arm(text, args.hosts, int(args.params)) for text in args.arms.split(",")}
         if any(arm.has_products for arm in arms.values()):  # their limit is what the products take by themselves
-            arms.setdefault("products", parsed("products", args.hosts, 0))
+            arms.setdefault("products", parse_arm("products", args.hosts, 0))
         if args.host is not None:
-            on_host(args, arms)
+            print(json.dumps(time_arms(args, arms)))
             return
         asked = zip(TCP, (args.queued, args.after_idle), strict=True)
         tcp = {name: value for name, value in asked if value is not None}
-        bytes_per_second = bits_per_second(args.rate) / 8
-        said = hosts.run_self(args.hosts, args.rate, bytes_per_second, congestion=args.congestion, tcp=tcp)
+        outputs = hosts.run_self(args.hosts, args.rate, congestion=args.congestion, tcp=tcp)
     except (hosts.Missing, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    rows = summary(said, args, arms)
+    rows = make_rows(outputs, args, arms)
     shown = ("arm", *COLUMNS[COLUMNS.index("step_s") :])
     print(as_table(shown, [[row[name] for name in shown] for row in rows]))
     if args.out:
-        with open(args.out, "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if not file.tell():
-                writer.writeheader()
-            writer.writerows(rows)
+        append_rows(args.out, COLUMNS, rows)
 
 
-def on_host(args: argparse.Namespace, arms: dict[str, Arm]) -> None:
-    """Time the steps on this host, and print seconds, bytes and the kernel's settings as JSON."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"{hosts.address(0)}:9000", args.hosts, args.host)
+def time_arms(args: argparse.Namespace, arms: dict[str, Arm]) -> dict[str, Any]:
+    """Run on each host: seconds and frames of each arm's steps (`time_in_turns`), and the kernel's settings."""
+    turns.join(args.host, args.hosts)
     mesh = cj.make_mesh(args.hosts)
-    one, found = np.eye(WIDTH, dtype=np.float32), {"seconds": [[] for _ in arms], "frames": [[] for _ in arms]}
-    sharding = NamedSharding(mesh, P("worker"))
+    steps = [make_step(arm, args, mesh) for arm in arms.values()]
+    return {**turns.time_in_turns(steps, args.steps), "kernel": read_kernel_settings()}
 
+
+def make_step(arm: Arm, args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Callable[[int], Any]:
     def place(tree):
+        sharding = NamedSharding(mesh, P("worker"))
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x[None]), tree)
 
-    def step(arm, xs, w):
+    def run(xs, w):
         return arm.program(*xs), [functools.reduce(jnp.matmul, [w] * args.products, w)] * arm.has_products
 
-    runs = []
-    for arm in arms.values():
-        run = cj.per_worker(functools.partial(step, arm), mesh, donate=False)
-        runs.append((arm, run, place(vectors(args.host, arm)), place(one)))
-    for t in range(-1, args.steps):  # the first compiles
-        for i, (arm, run, xs, w) in enumerate(runs):
-            multihost_utils.sync_global_devices(f"{t} {i}")
-            sent, began = hosts.sent_bytes(), time.perf_counter()
-            brought, _ = jax.block_until_ready(run(xs, w))
-            seconds = time.perf_counter() - began
-            multihost_utils.sync_global_devices("all has arrived")
-            if t >= 0:
-                found["seconds"][i].append(seconds)
-                found["frames"][i].append(hosts.sent_bytes() - sent)
-            elif args.check:
-                of_all = zip(*(vectors(host, arm) for host in range(args.hosts)), strict=True)
-                for own, all_hosts in zip(brought, arm.oracle(*map(np.stack, of_all)), strict=True):
-                    np.testing.assert_allclose(own.addressable_data(0)[0], all_hosts[args.host], rtol=1e-5)
-    print(json.dumps({**found, "kernel": kernel()}))
+    run = cj.per_worker(run, mesh, donate=False)
+    xs, w = place(make_vectors(args.host, arm)), place(np.eye(WIDTH, dtype=np.float32))
+
+    def step(t: int) -> Any:
+        arrived, products = run(xs, w)
+        if t < 0 and args.check:  # the turn that is not timed
+            check_arrivals(arrived, arm, args)
+        return arrived, products
+
+    return step
 
 
-def vectors(host: int, arm: Arm) -> list[np.ndarray]:
+def check_arrivals(arrived: list[jax.Array], arm: Arm, args: argparse.Namespace) -> None:
+    vectors = zip(*(make_vectors(host, arm) for host in range(args.hosts)), strict=True)
+    for mine, all_hosts in zip(arrived, arm.oracle(*map(np.stack, vectors)), strict=True):
+        np.testing.assert_allclose(mine.addressable_data(0)[0], all_hosts[args.host], rtol=1e-5)
+
+
+def make_vectors(host: int, arm: Arm) -> list[np.ndarray]:
     random = np.random.default_rng(host)
     return [random.random(size, np.float32) for size in arm.sizes]
 
 
-def kernel() -> list[str | int]:
+def read_kernel_settings() -> list[str | int]:
     """The congestion control of this host's connections to others, and its `TCP`."""
-    said = subprocess.run(["ss", "-tinH", "dst", hosts.NETWORK], capture_output=True, text=True, check=True).stdout
-    congestion = "+".join(name for name in ("reno", "bbr", "cubic") if f" {name} " in said)
+    sockets = subprocess.run(["ss", "-tinH", "dst", hosts.NETWORK], capture_output=True, text=True, check=True).stdout
+    congestion = "+".join(name for name in ("reno", "bbr", "cubic") if f" {name} " in sockets)
     return [congestion, *(int(pathlib.Path(f"/proc/sys/net/ipv4/tcp_{name}").read_text()) for name in TCP)]
 
 
-def summary(found: Sequence[dict], args: argparse.Namespace, arms: dict[str, Arm]) -> list[dict]:
-    steps = {
-        text: [max(own) for own in zip(*(host["seconds"][i] for host in found), strict=True)]
-        for i, text in enumerate(arms)
-    }
+def make_rows(outputs: Sequence[dict], args: argparse.Namespace, arms: dict[str, Arm]) -> list[dict]:
+    """The rows of the CSV, of what all hosts measured."""
+    seconds = {text: turns.step_seconds(outputs, i) for i, text in enumerate(arms)}
     rows = []
     for i, (text, arm) in enumerate(arms.items()):
-        step_s, transfer_s = statistics.median(steps[text]), 32 * arm.sent / bits_per_second(args.rate)
-        limit_s = max(transfer_s, statistics.median(steps["products"]) if arm.has_products else 0.0)
-        frames = statistics.mean(statistics.mean(host["frames"][i]) for host in found)
+        taken, transfer_s = seconds[text], 32 * arm.sent / bits_per_second(args.rate)
+        step_s = statistics.median(taken)
+        limit_s = max(transfer_s, statistics.median(seconds["products"]) if arm.has_products else 0.0)
         values = (
             *(text, args.hosts, args.rate, int(args.params), args.products if arm.has_products else 0),
-            *found[-1]["kernel"],  # host 0 has connections to itself too
+            *outputs[-1]["kernel"],  # host 0 has connections to itself too
             *(round(step_s, 4), round(limit_s, 4)),
-            *(round(seconds / limit_s, 3) for seconds in (step_s, min(steps[text]), max(steps[text]))),
-            *(round(4 * arm.sent), round(frames)),
+            *(round(s / limit_s, 3) for s in (step_s, min(taken), max(taken))),
+            *(round(4 * arm.sent), round(turns.mean_frames(outputs, i))),
         )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows

@@ -1,8 +1,8 @@
 """Every algorithm of `scaling.py` on 2 to 16 hosts, at three rates, beside three lengths of compute; and a picture.
 
-    sudo python benchmarks/grid.py --out grid.csv                     # half an hour; goes on where it ended
-    sudo python benchmarks/grid.py --speed_up --out speed_up.csv      # 4, 8 and 16 hosts with a fixed global batch
-    python benchmarks/grid.py --figure grid.png --out grid.csv --speed_up_from speed_up.csv
+    sudo python -m benchmarks.network.grid --out grid.csv                 # half an hour; goes on where it ended
+    sudo python -m benchmarks.network.grid --speed_up --out speed_up.csv  # 4, 8 and 16 hosts, a fixed global batch
+    python -m benchmarks.network.grid --figure grid.png --out grid.csv --speed_up_from speed_up.csv
 
 A model takes 0.4 s to send at 50 and 200 Mbit/s and 0.16 s at 1 Gbit/s; compute is a timed wait of 0, 1 or 3 times as
 long, beside which run those algorithms for which it can make a difference. With a fixed global batch N hosts compute
@@ -11,20 +11,19 @@ for 6.2 · 4 / N seconds, at 100 Mbit/s. The picture's left half is the counterp
 """
 
 import argparse
-import csv
 import math
 import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from crossover_jax.plan import bits_per_second
+from benchmarks.network.hosts import bits_per_second
+from benchmarks.rows import read_rows
 
-SCALING = pathlib.Path(__file__).with_name("scaling.py")
+SCALING = "benchmarks.network.scaling"
 HOSTS, COMPUTES = (2, 4, 8, 16), (0, 1, 3)
 PARAMS = {"50mbit": 625_000, "200mbit": 2_500_000, "1gbit": 5_000_000}
 SHOWN = "200mbit"  # in the picture
@@ -51,17 +50,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--speed_up_from", type=pathlib.Path, help="CSV for its left half")
     args = parser.parse_args(argv)
     if args.figure:
-        drawn(rows(args.out), rows(args.speed_up_from) if args.speed_up_from else []).savefig(args.figure, dpi=120)
+        draw(read_rows(args.out), read_rows(args.speed_up_from) if args.speed_up_from else []).savefig(
+            args.figure, dpi=120
+        )
         return
-    for flags in speed_up() if args.speed_up else grid():
-        if not any(is_of(row, flags) for row in rows(args.out)):
-            said = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-            print(" ".join(said), flush=True)
-            if code := subprocess.call([sys.executable, str(SCALING), *said, "--out", str(args.out)]):
+    for flags in speed_up_cells() if args.speed_up else grid_cells():
+        if not any(matches(row, flags) for row in read_rows(args.out)):
+            command = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+            print(" ".join(command), flush=True)
+            if code := subprocess.call([sys.executable, "-m", SCALING, *command, "--out", str(args.out)]):
                 sys.exit(code)
 
 
-def grid() -> Iterator[dict]:
+def grid_cells() -> Iterator[dict]:
     """The flags of `scaling.py` for each cell."""
     for hosts in HOSTS:
         for rate, params in PARAMS.items():
@@ -74,60 +75,58 @@ def grid() -> Iterator[dict]:
                 }
 
 
-def speed_up() -> Iterator[dict]:
+def speed_up_cells() -> Iterator[dict]:
     for hosts in HOSTS[HOSTS.index(AMONG) :]:
         names = ("alone", *COMPARED, f"crossover/8/int8{ORDERED}")
         yield {"hosts": hosts, "compute_s": COMPUTED_S * AMONG / hosts, "algorithms": ",".join(names), **SPEED_UP}
 
 
-def is_of(row: dict, flags: dict) -> bool:
+def matches(row: dict, flags: dict) -> bool:
     """Whether a row was measured with these flags."""
     same = row["rate"] == flags["rate"] and int(row["hosts"]) == int(flags["hosts"])
     return same and math.isclose(float(row["compute_s"]), flags["compute_s"], abs_tol=1e-4)
 
 
-def rows(path: pathlib.Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def drawn(grid: Sequence[dict], speed_up: Sequence[dict]) -> Figure:
+def draw(grid: Sequence[dict], speed_up: Sequence[dict]) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, *others = figure.subplots(1, 1 + len(COMPUTES), width_ratios=[2, *[1] * len(COMPUTES)])
-    for name in COMPARED:
-        seconds = {int(row["hosts"]): float(row["step_s"]) for row in speed_up if row["algorithm"] == name}
-        if AMONG in seconds:
-            log2 = [math.log2(seconds[AMONG] / own) for own in seconds.values()]
-            points = sorted(zip(seconds, log2, strict=True))
-            left.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=label(name))
-    for name, log2 in PAPER.items():
-        left.plot(max(HOSTS), log2, "x", color=COLOURS[name], label=f"{label(name)}, the paper's")
-    ideal = [hosts for hosts in HOSTS if hosts >= AMONG]
-    left.plot(ideal, [math.log2(hosts / AMONG) for hosts in ideal], ":", color="grey", label="ideal")
-    left.set(
-        xscale="log", xlabel="hosts", ylabel=f"log2 of the speed-up from {AMONG} hosts", title="fixed global batch"
-    )
-    left.legend(fontsize=7)
+    draw_speed_up(left, speed_up)
     for axes, compute in zip(others, COMPUTES, strict=True):
-        compute_s = compute * 32 * PARAMS[SHOWN] / bits_per_second(SHOWN)
-        for name in COMPARED:
-            points = sorted(
-                (int(row["hosts"]), float(row["step_s"]))
-                for row in grid
-                if row["algorithm"] == name and is_of(row, {**row, "rate": SHOWN, "compute_s": compute_s})
-            )
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name])
-        axes.axhline(compute_s, color="grey", ls=":")
-        axes.set(xscale="log", xlabel="hosts", title=f"compute {compute_s:g} s")
-        axes.set_ylim(0)
+        draw_seconds(axes, grid, compute * 32 * PARAMS[SHOWN] / bits_per_second(SHOWN))
     others[0].set_ylabel("seconds per step, 200 Mbit/s, 10 MB")
     for axes in (left, *others):
         axes.set_xticks(HOSTS, [str(n) for n in HOSTS])
         axes.minorticks_off()
     return figure
+
+
+def draw_speed_up(axes: Axes, rows: Sequence[dict]) -> None:
+    for name in COMPARED:
+        seconds = {int(row["hosts"]): float(row["step_s"]) for row in rows if row["algorithm"] == name}
+        if AMONG in seconds:
+            points = sorted((hosts, math.log2(seconds[AMONG] / s)) for hosts, s in seconds.items())
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=label(name))
+    for name, log2 in PAPER.items():
+        axes.plot(max(HOSTS), log2, "x", color=COLOURS[name], label=f"{label(name)}, the paper's")
+    ideal = [hosts for hosts in HOSTS if hosts >= AMONG]
+    axes.plot(ideal, [math.log2(hosts / AMONG) for hosts in ideal], ":", color="grey", label="ideal")
+    title = "fixed global batch"
+    axes.set(xscale="log", xlabel="hosts", ylabel=f"log2 of the speed-up from {AMONG} hosts", title=title)
+    axes.legend(fontsize=7)
+
+
+def draw_seconds(axes: Axes, rows: Sequence[dict], compute_s: float) -> None:
+    for name in COMPARED:
+        points = sorted(
+            (int(row["hosts"]), float(row["step_s"]))
+            for row in rows
+            if row["algorithm"] == name and matches(row, {**row, "rate": SHOWN, "compute_s": compute_s})
+        )
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name])
+    axes.axhline(compute_s, color="grey", ls=":")
+    axes.set(xscale="log", xlabel="hosts", title=f"compute {compute_s:g} s")
+    axes.set_ylim(0)
 
 
 def label(name: str) -> str:

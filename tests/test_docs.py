@@ -1,0 +1,97 @@
+"""What the pages say is so: their programs run, links lead somewhere, commands, files and config keys exist."""
+
+import importlib.util
+import pathlib
+import re
+
+import ml_collections
+import pytest
+
+from experiments.configs import default
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*.md"))]
+IN_FORCE = [page for page in PAGES if page.name != "LOG.md"]  # the log's commands are those of their day
+PROGRAMS = [page for page in IN_FORCE if "```python" in page.read_text()]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page, language):
+    """The blocks of a page in one language, each behind as many empty lines as stand above it, for tracebacks."""
+    text = page.read_text()
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        yield "\n" * text.count("\n", 0, match.start(1)) + match[1]
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=name_of)
+def test_the_programs_of_a_page_run(page):
+    namespace = {"__name__": "__main__"}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), namespace)  # a traceback names the page and its line
+
+
+@pytest.mark.parametrize(("name", "row"), [("README.md", 0), ("docs/start.md", 0), ("docs/start.md", 1)])
+def test_the_first_program_ends_where_the_start_page_says(name, row):
+    """With gossip, and with every worker alone: the second is what a broken exchange would give."""
+    start = (ROOT / "docs" / "start.md").read_text()
+    algorithm, loss, apart = re.findall(r"^\| `(cj\.\w+\(.*\))`.* \| ([\d.]+) \| ([\d.]+) \|$", start, re.MULTILINE)[
+        row
+    ]
+    program = "".join(list(blocks(ROOT / name, "python"))[: 1 if name == "README.md" else 2])
+    first = {}
+    exec(re.sub(r"as_optax\(.*?\)\)", f"as_optax({algorithm})", program, count=1), first)
+    assert first["loss"].mean() == pytest.approx(float(loss), rel=0.05)
+    assert first["cj"].consensus_distance(first["state"][0]) == pytest.approx(float(apart), rel=0.05)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in map(slug, re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_and_cells_can_be_read(page):
+    text = re.sub(r"\]\([^)\n]*\)", "]", page.read_text())  # where a link leads is not read
+    for number, line in enumerate(text.splitlines(), 1):
+        longest = max(map(len, line.split("|"))) - 2 if line.startswith("|") else len(line) - 40
+        assert longest <= 80, (number, line)
+
+
+def test_the_errors_of_the_start_page_are_the_librarys():
+    source = "".join(path.read_text() for path in sorted((ROOT / "crossover_jax").rglob("*.py")))
+    source = re.sub(r'"\s*f?"', "", source)  # sentences that go on in the next line
+    sentences = re.findall(r'^\|.*\| "(.*)" \|$', (ROOT / "docs" / "start.md").read_text(), re.MULTILINE)
+    assert len(sentences) > 10
+    assert [sentence for sentence in sentences if sentence not in source] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", IN_FORCE, ids=name_of)
+def test_commands_files_and_config_keys_exist(page):
+    text = page.read_text()
+    keys = ml_collections.FrozenConfigDict(default.get_config())
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert importlib.util.find_spec(module), module
+    for path in re.findall(r"(?<![\w./])(?:experiments|benchmarks|docs|tests)/[\w./]*\w", text):
+        assert (ROOT / path).exists(), path
+    for key in re.findall(r"--config\.([\w.]*\w)", text):
+        value = keys
+        for name in key.split("."):
+            assert name in value, key
+            value = value[name]
