@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
-from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore  # generated code without types
+from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore  # generated code without types
 from tqdm import tqdm
 
 from experiments import processes

@@ -620,9 +620,9 @@ def test_old_names_work_for_one_version_and_warn():
         with pytest.warns(DeprecationWarning, match=f"`crossover_jax.{old}` is the name of version 0.1: use"):
             assert getattr(cj, old) is new
     with pytest.raises(AttributeError, match="module 'crossover_jax' has no attribute 'lattin'"):
-        cj.lattin  # noqa: B018
+        cj.lattin  # noqa: B018 - to ask for the name is the test
     with pytest.raises(AttributeError, match="`lars` is no part of the library any more"):
-        cj.lars  # noqa: B018
+        cj.lars  # noqa: B018 - to ask for the name is the test
     pool, table, cut = cj.topology.latin(8, 4), cj.topology.shuffle(4, 4), cj.by_size(4)
     y = jnp.arange(64.0).reshape(8, 8)
     with pytest.warns(DeprecationWarning, match="order of version 0.1"):
