@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import crossover_jax as cj
 from crossover_jax.leaves import flatten
 from crossover_jax.traced import wire_bytes
-from crossover_jax.wire import Wire
+from crossover_jax.wire import LARGEST, Wire
 
 WORKERS = 8
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -130,7 +130,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("wire", ["int8", "float16", "bfloat16"])
+@pytest.mark.parametrize("wire", ["int4", "int8", "float16", "bfloat16"])
 @pytest.mark.parametrize("pool", POOLS)
 def test_what_is_positive_stays_positive_and_the_sum_holds(pool, wire):
     """Beside values of either sign, at any own share, for ten rounds; numpy adds up in float64."""
@@ -154,7 +154,7 @@ def test_what_is_positive_stays_positive_and_the_sum_holds(pool, wire):
             )
 
 
-@pytest.mark.parametrize("wire", ["int8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("wire", ["int4", "int8", "float16", "bfloat16", "float32"])
 def test_a_message_rounded_towards_zero_lies_between_zero_and_its_value(wire):
     rng = np.random.default_rng(1)
     x = np.concatenate([rng.normal(size=1000) * 10.0 ** rng.integers(-30, 4, 1000), [0.0, -0.0, 127.0, 1.0, 65504.0]])
@@ -165,20 +165,18 @@ def test_a_message_rounded_towards_zero_lies_between_zero_and_its_value(wire):
     assert (np.abs(q) <= np.abs(x)).all()
     assert (q * x >= 0).all()
     block = np.abs(np.pad(x, (0, -len(x) % 256)).reshape(-1, 256)).max(1).repeat(256)[: len(x)]
+    integers = LARGEST.get(wire)
     step = (
-        block / 127
-        if wire == "int8"
+        block / integers
+        if integers
         else np.maximum(np.abs(x) * float(jnp.finfo(wire).eps), float(jnp.finfo(wire).tiny))
     )
     assert (np.abs(q - x) <= 1.0001 * step).all()
-    assert (
-        np.abs(nearest - x)
-        <= 0.5001 * step + (wire != "int8") * float(jnp.finfo("float16" if wire == "int8" else wire).tiny)
-    ).all()
+    assert (np.abs(nearest - x) <= 0.5001 * step + (0 if integers else float(jnp.finfo(wire).tiny))).all()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("wire", ["int8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("wire", ["int4", "int8", "float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("pool", ["latin", "ring"])
 def test_nothing_finite_becomes_infinite(pool, wire, dtype):
     """The largest numbers of the leaf's dtype, on all workers or on one of them, in either sign."""
@@ -194,7 +192,7 @@ def test_nothing_finite_becomes_infinite(pool, wire, dtype):
             for t in range(3):
                 mixed = step(mixed, jnp.int32(t))
                 assert jnp.isfinite(mixed).all()
-        if wire != "int8":
+        if wire not in LARGEST:
             np.testing.assert_allclose(
                 step(jnp.asarray(x), jnp.int32(0)).astype(float), x.astype(float), rtol=0.01, atol=1e-5
             )

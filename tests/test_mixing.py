@@ -247,10 +247,13 @@ def test_every_and_chain_with_a_python_integer_are_what_they_are_with_a_traced_o
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b**2, rtol=1e-5), got, mixed)
 
 
+MOST = {"int8": 127, "int4": 7}
+
+
 def said_in(wire, tree, toward_zero=False):
-    """What messages say of a tree, in float64; for int8 each leaf `[workers, ...]` is a segment of its own."""
-    if wire == "int8":
-        return jax.tree.map(lambda x: said_in_int8(x, np.trunc if toward_zero else np.rint), tree)
+    """What messages say of a tree, in float64; of integers each leaf `[workers, ...]` is a segment of its own."""
+    if wire in MOST:
+        return jax.tree.map(lambda x: said_in_blocks(x, np.trunc if toward_zero else np.rint, MOST[wire]), tree)
 
     def said(x):
         nearest = x.astype(jnp.dtype(wire))
@@ -262,19 +265,19 @@ def said_in(wire, tree, toward_zero=False):
     return jax.tree.map(said, tree)
 
 
-def said_in_int8(x, rounded=np.rint):
+def said_in_blocks(x, rounded=np.rint, most=127):
     flat = x.reshape(len(x), -1).astype(np.float64)
     said = np.zeros_like(flat)
     for start in range(0, flat.shape[1], 256):
         block = flat[:, start : start + 256]
-        scale = np.abs(block).max(1, keepdims=True) / 127
-        # The least that float32 scales are moved by, so that 127 of them are no more than the largest value.
+        scale = np.abs(block).max(1, keepdims=True) / most
+        # The least that float32 scales are moved by, so that so many of them are no more than the largest value.
         scale = scale * (1 - 2**-22) if rounded is np.trunc else scale
         said[:, start : start + 256] = rounded(block / np.where(scale, scale, 1)) * scale
     return said.reshape(x.shape)
 
 
-@pytest.mark.parametrize("wire", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("wire", ["bfloat16", "float16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["latin", "pull", "exponential2", "base"])
 def test_a_narrow_wire_takes_out_what_was_sent_in_both_compiled_forms(name, wire):
     pool = pool_of(name, 8)
@@ -293,20 +296,23 @@ def test_a_narrow_wire_takes_out_what_was_sent_in_both_compiled_forms(name, wire
 
 
 @pytest.mark.parametrize("where", ["mesh", "simulated"])
-def test_int8_scales_belong_to_256_values_each(where):
+@pytest.mark.parametrize("wire", MOST)
+def test_scales_belong_to_256_values_each(where, wire):
     """A large value spoils its own block, no other; the last block may be shorter."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8, 600)).astype(np.float32)
     x[:, 300] = 1e4
     x[0, :256] = 0.0
     pool, table, cut = cj.topology.latin(8, 1), cj.topology.cycle(1, 1), cj.whole()
-    got = run(cj.gossip(pool, cut, table, wire="int8"), places(8)[where], {"x": x}, 0)["x"]
-    x, q = x.astype(np.float64), said_in_int8(x)
+    got = run(cj.gossip(pool, cut, table, wire=wire), places(8)[where], {"x": x}, 0)["x"]
+    x, q = x.astype(np.float64), said_in_blocks(x, most=MOST[wire])
     np.testing.assert_allclose(got, x + pool.matrix(0) @ q - q, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.mean(0), x.mean(0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("wire", "sent_as", "share"), [("bfloat16", "u16", 1 / 2), ("int8", "u8", 65 / 256)])
+@pytest.mark.parametrize(
+    ("wire", "sent_as", "share"), [("bfloat16", "u16", 1 / 2), ("int8", "u8", 65 / 256), ("int4", "u8", 33 / 256)]
+)
 def test_narrow_messages_are_so_long(wire, sent_as, share):
     mesh = places(8)["mesh"]
     tree = {"w": np.random.default_rng(0).normal(size=(8, 4, 512)).astype(np.float32)}
@@ -324,7 +330,7 @@ def test_narrow_messages_are_so_long(wire, sent_as, share):
 
 @pytest.mark.full_compilation
 @pytest.mark.parametrize("num_workers", [8, 64])
-@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+@pytest.mark.parametrize("wire", ["bfloat16", "int8", "int4"])
 def test_ten_thousand_narrow_rounds_keep_the_sum_and_leave_workers_a_rounding_apart(wire, num_workers):
     """Nothing moves once all messages say the same, so when all values lie within one step Δ of the wire, with a
     variance of at most (Δ/2)², and Δ²/12 if they lie there anywhere alike."""
@@ -337,8 +343,8 @@ def test_ten_thousand_narrow_rounds_keep_the_sum_and_leave_workers_a_rounding_ap
     kept = np.abs(mixed.sum(0) - x.sum(0, dtype=np.float64)).max()
     assert kept < 4 * half_ulp * np.sqrt(num_workers * rounds)
     mean = mixed.mean(0)
-    if wire == "int8":
-        step = np.repeat(np.abs(mixed).reshape(num_workers, -1, 256).max((0, 2)) / 127, 256)
+    if wire in MOST:
+        step = np.repeat(np.abs(mixed).reshape(num_workers, -1, 256).max((0, 2)) / MOST[wire], 256)
     else:
         step = 2.0 ** (np.floor(np.log2(np.abs(mixed).max(0))) - 7)  # bfloat16 has 8 bits
     deviation = np.sqrt(((mixed - mean) ** 2).mean(0))
@@ -357,7 +363,7 @@ def test_float64_goes_in_any_narrower_wire_and_keeps_the_sum():
     with jax.enable_x64(True):
         tree = {"w": np.random.default_rng(0).normal(size=(8, 512))}
         pool, table, cut = cj.topology.latin(8, 1), cj.topology.cycle(1, 1), cj.whole()
-        for wire in ("float32", "bfloat16", "int8"):
+        for wire in ("float32", "bfloat16", "int8", "int4"):
             q = said_in(wire, tree)["w"]
             expected = tree["w"] + pool.matrix(0) @ q - q
             for where in places(8).values():
@@ -407,7 +413,7 @@ def test_rows_of_every_large_leaf_travel_with_their_segment(form, options):
 
 
 @pytest.mark.parametrize("form", ["channels", "switch"])
-@pytest.mark.parametrize("wire", [None, "int8"])
+@pytest.mark.parametrize("wire", [None, "int8", "int4"])
 def test_long_messages_of_rows_are_filled_up_to_whole_blocks(form, wire):
     """Of 16,384 values and more: what is filled up belongs to no leaf."""
     rng, shapes = np.random.default_rng(0), {"a": (4, 16390), "b": (500, 8), "c": (3, 8)}
@@ -418,7 +424,7 @@ def test_long_messages_of_rows_are_filled_up_to_whole_blocks(form, wire):
         of_segment = cut.segment_of(jax.tree.map(lambda x: x[0], tree))
         for s in range(4):  # packed leaves first
             own = {name: of_segment[name] == s for name in "bca"}
-            message = said_in_int8(np.concatenate([tree[name][:, own[name]] for name in own], 1))
+            message = said_in_blocks(np.concatenate([tree[name][:, own[name]] for name in own], 1), most=MOST[wire])
             for name, mask in own.items():
                 said[name][:, mask], message = np.split(message, [mask.sum()], 1)
     expected = jax.tree.map(lambda x, q, m: x + (m - q), tree, said, mixed_by_matrices(said, 5, pool, cut, table))
@@ -428,7 +434,7 @@ def test_long_messages_of_rows_are_filled_up_to_whole_blocks(form, wire):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
     if form == "channels":
         sent = wire_bytes(lambda x: mix(x, 5), jax.tree.map(lambda x: x[0], tree), num_workers=8)
-        assert sent == 4 * 68 * (1024 if wire is None else 260)  # 16,390 + 1006 values are 67.95 blocks
+        assert sent == 4 * 68 * {None: 1024, "int8": 260, "int4": 132}[wire]  # 16,390 + 1006 values are 67.95 blocks
 
 
 @pytest.mark.full_compilation
@@ -451,8 +457,8 @@ def test_channels_in_groups_exchange_the_same_bits_as_all_at_once(table, wire):
 
 
 MISTAKES = {
-    "`wire` must be None or one of float32, bfloat16, float16, int8, got 'int4'": lambda: cj.gossip(
-        cj.topology.latin(8, 2), cj.by_size(2), cj.topology.shuffle(2, 2), wire="int4"
+    "`wire` must be None or one of float32, bfloat16, float16, int8, int4, got 'int2'": lambda: cj.gossip(
+        cj.topology.latin(8, 2), cj.by_size(2), cj.topology.shuffle(2, 2), wire="int2"
     ),
     "`in_flight` must be None or at least 1, got 0": lambda: cj.gossip(
         cj.topology.latin(8, 2), cj.by_size(2), cj.topology.shuffle(2, 2), in_flight=0
