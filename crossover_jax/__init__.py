@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from crossover_jax import topology
+from crossover_jax.adam import gossip_adamw, scale_by_gossip_adam
 from crossover_jax.algorithms import Algorithm, as_optax, mix_after, mix_during, mix_relative, mix_with_momentum
 from crossover_jax.consensus import check_copies, consensus_distance
 from crossover_jax.copies import abstract_copies, copies, from_local, local_part, mean_over_workers, one_worker, split
@@ -13,6 +14,8 @@ from crossover_jax.cuts import Cut, by_module, by_rows, by_size, whole
 from crossover_jax.deprecated import moved as _moved
 from crossover_jax.mesh import make_mesh
 from crossover_jax.mixing import Mix, average, chain, every, gossip, is_channels, repeat
+from crossover_jax.outer_steps import outer
+from crossover_jax.periods import period
 from crossover_jax.presets import (
     allreduce_sgd,
     crossover,

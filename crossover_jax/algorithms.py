@@ -15,7 +15,7 @@ from crossover_jax.leaves import PyTree, flatten, travels, widened
 from crossover_jax.mixing import AnyMix, Mix, as_mix, average, every
 
 
-def _params_as_they_are(params: PyTree, state: PyTree) -> PyTree:
+def params_as_they_are(params: PyTree, state: PyTree) -> PyTree:
     del state
     return params
 
@@ -33,7 +33,7 @@ class Algorithm(NamedTuple):
 
     init: Callable[[PyTree], PyTree]
     update: Callable[..., tuple[PyTree, PyTree]]
-    model: Callable[[PyTree, PyTree], PyTree] = _params_as_they_are
+    model: Callable[[PyTree, PyTree], PyTree] = params_as_they_are
 
 
 def apply_if_finite(
@@ -183,7 +183,7 @@ def mix_with_momentum(
     def update(grads, state, params, step, **extra):
         updates, new = optimizer.update(grads, state, params, **extra)
         params, state = apply_if_finite(params, updates, new, state, sent=_momenta(new, params))
-        is_momentum = _is_like(params)
+        is_momentum = is_like(params)
         state = jax.tree.map(lambda x: momentum_mix(x, step) if is_momentum(x) else x, state, is_leaf=is_momentum)
         return mix(params, step), state
 
@@ -191,11 +191,11 @@ def mix_with_momentum(
 
 
 def _momenta(state: PyTree, params: PyTree) -> list[PyTree]:
-    is_momentum = _is_like(params)
+    is_momentum = is_like(params)
     return [x for x in jax.tree.leaves(state, is_leaf=is_momentum) if is_momentum(x)]
 
 
-def _is_like(params: PyTree) -> Callable[[PyTree], bool]:
+def is_like(params: PyTree) -> Callable[[PyTree], bool]:
     """Whether a part of a state has the shapes of the parameters, or of those that a mask leaves."""
 
     def is_masked(x: Any) -> bool:
@@ -322,7 +322,7 @@ def as_optax(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
     >>> tx.init({"w": jnp.zeros(100)}).count.item()
     0
     """
-    if algorithm.model is not _params_as_they_are:
+    if algorithm.model is not params_as_they_are:
         raise ValueError("`algorithm` must train its parameters as they are: push-sum needs its `model` in the loss.")
 
     def init(params):

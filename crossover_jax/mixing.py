@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Integer
+from jaxtyping import Array
 
 from crossover_jax.axes import Axis, axis_or_default, check_axis, is_simulated, same_on_all_workers, vary
 from crossover_jax.cuts import Cut
@@ -27,11 +27,11 @@ from crossover_jax.lowering import (
     traced_channels,
 )
 from crossover_jax.packing import Leaves, map_packed, map_parts
+from crossover_jax.steps import Step, after_each
 from crossover_jax.topology.pool import Pool
 from crossover_jax.topology.tables import Table, shuffle
 from crossover_jax.wire import Wire, check_wire
 
-Step = Integer[Array, ""] | int | np.integer
 # A table, or a function that makes it of the number of segments and the size of the pool.
 TableOrFunction = Table | Callable[[int, int], Table]
 
@@ -48,6 +48,7 @@ class Mix:
     leaves: Leaves = None  # which travel
     specs: PyTree = None  # how leaves lie inside a worker
     can_overlap: bool = True  # compiles without a conditional, which nothing can overlap
+    stays: Callable[[PyTree, Step], PyTree] | None = None  # which elements stay at home at a step; None: none ever
 
     def __call__(self, tree: PyTree, step: Step) -> PyTree:
         return self.function(tree, step)
@@ -145,7 +146,22 @@ def exchange(
 
         return map_packed(mix_packed, tree, cut, along, leaves, specs, *traced)
 
-    return Mix(mix, axis, leaves, specs, can_overlap=is_channels(table, cut))
+    def stays(tree: PyTree, step: Step) -> PyTree:
+        def fill(arrays: list[Array], pieces: Pieces, row: Array) -> list[Array]:
+            return [_by_segment(row < 0, x, d, bounds) for x, (d, bounds) in zip(arrays, pieces, strict=True)]
+
+        filled = map_packed(fill, tree, cut, axis_or_default(axis), leaves, specs, row_at(table, jnp.asarray(step)))
+        return jax.tree.map(lambda x: x != 0, filled)
+
+    some_stay = bool((table < 0).any())
+    return Mix(mix, axis, leaves, specs, can_overlap=is_channels(table, cut), stays=stays if some_stay else None)
+
+
+def _by_segment(values: Array, like: Array, dimension: int, bounds: tuple[int, ...]) -> Array:
+    """An array of the shape of `like` that has in each segment its value."""
+    along = jnp.repeat(values.astype(like.dtype), np.diff(bounds), total_repeat_length=bounds[-1])
+    other = [d for d in range(like.ndim) if d != dimension]
+    return jnp.broadcast_to(jnp.expand_dims(along, other), like.shape)
 
 
 def is_channels(table: Table, cut: Cut) -> bool:
@@ -218,14 +234,7 @@ def every(k: int, mix: AnyMix) -> Mix:
     mix = as_mix(mix)
 
     def mix_sometimes(tree: PyTree, step: Step) -> PyTree:
-        along = axis_or_default(mix.axis)
-        check_axis(along)
-        if isinstance(step, int | np.integer):
-            return mix(tree, int(step) // k) if step % k == k - 1 else tree
-        step = same_on_all_workers(step, along)
-        # Both branches must have one type, and what an exchange returns varies between workers.
-        tree = jax.tree.map(lambda x: vary(x, along), tree)
-        return lax.cond(step % k == k - 1, lambda tree: mix(tree, step // k), lambda tree: tree, tree)
+        return after_each(k, step, mix, tree, axis_or_default(mix.axis))
 
     return mix if k == 1 else dataclasses.replace(mix, function=mix_sometimes, can_overlap=False)
 
@@ -249,7 +258,16 @@ def repeat(k: int, mix: AnyMix) -> Mix:
             tree = mix(tree, k * step + i)
         return tree
 
-    return mix if k == 1 else dataclasses.replace(mix, function=mix_again)
+    once = mix.stays
+
+    def stays(tree: PyTree, step: Step) -> PyTree:
+        return _all([once(tree, k * step + i) for i in range(k)] if once else [])
+
+    return mix if k == 1 else dataclasses.replace(mix, function=mix_again, stays=once and stays)
+
+
+def _all(masks: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *each: jnp.stack(each).all(0), *masks)
 
 
 def chain(*mixes: AnyMix) -> Mix:
@@ -269,8 +287,13 @@ def chain(*mixes: AnyMix) -> Mix:
     choices = [one.leaves for one in known if one.leaves is not None]
     is_filtered = bool(known) and len(choices) == len(known)
     chosen = (lambda name: any(choose(name) for choose in choices)) if is_filtered else None
-    like = known[0] if known else Mix(mix)
-    return Mix(mix, like.axis, chosen, like.specs, can_overlap=all(one.can_overlap for one in known))
+    like, some_stay = known[0] if known else Mix(mix), bool(known) and all(one.stays for one in known)
+
+    def stays(tree: PyTree, step: Step) -> PyTree:
+        return _all([one.stays(tree, step) for one in known if one.stays])
+
+    can_overlap = all(one.can_overlap for one in known)
+    return Mix(mix, like.axis, chosen, like.specs, can_overlap, stays if some_stay else None)
 
 
 def make_table(table: TableOrFunction, pool: Pool, cut: Cut) -> Table:

@@ -52,6 +52,10 @@ def relative(optimizer, num_workers, params):
     return cj.mix_relative(optimizer, gossip(num_workers), renew_every=3)
 
 
+def outer(optimizer, num_workers, **options):
+    return cj.outer(optimizer, None, cj.crossover(num_workers), every=2, **options)
+
+
 def messages(pool):
     """Permutes that a pool compiles to: rows that move somebody and carry a share."""
     rows = [(r, s) for p, q in zip(pool.receive_from, pool.share, strict=True) for r, s in zip(p, q[1:], strict=True)]
@@ -97,8 +101,17 @@ ALGORITHMS = {
         keeps_mean=False,
     ),
     "bfloat16": Contract(lambda o, n, p: cj.crossover_sgd(o, n, wire="bfloat16"), permutes=7),
+    "int4": Contract(
+        lambda o, n, p: cj.mix_relative(o, cj.crossover(n, wire="int4"), renew_every=5),
+        permutes=7,
+        conditionals=1,
+        all_reduces=1,
+    ),
     "relative": Contract(relative, permutes=7, conditionals=1, all_reduces=1),
     "shared_momentum": Contract(lambda o, n, p: cj.mix_with_momentum(o, cj.crossover(n)), permutes=14),
+    "outer": Contract(lambda o, n, p: outer(o, n), permutes=7, conditionals=1),
+    "outer_overlap": Contract(lambda o, n, p: outer(o, n, overlap=True), permutes=7, conditionals=1),
+    "diloco": Contract(lambda o, n, p: cj.outer(o, None, cj.average(), every=2), conditionals=1, all_reduces=1),
     "two_rounds": Contract(lambda o, n, p: cj.mix_after(o, cj.repeat(2, cj.crossover(n))), permutes=14),
     "phases": Contract(lambda o, n, p: cj.crossover_sgd_phases(o, n), permutes=3),
     "two_pools": Contract(
@@ -180,7 +193,7 @@ def train(name, where, steps, dtype=np.float32):
 def mixed_only(name, readings, tree):
     """`(params, model)` after each number of `readings` steps at learning rate zero, from workers that disagree."""
     algorithm = ALGORITHMS[name].make(optax.sgd(0.0, momentum=0.9), WORKERS, jax.tree.map(lambda x: x[0], tree))
-    state = cj.copies(algorithm.init(jax.tree.map(lambda x: jnp.asarray(x[0]), tree)), WORKERS)
+    state = jax.vmap(algorithm.init)(jax.tree.map(jnp.asarray, tree))
 
     def step(both, t):
         params, state = both

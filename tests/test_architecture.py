@@ -23,9 +23,13 @@ ALLOWED = {  # what of ours each part of the library may import
     "devices": {"axes"},
     "packing": {"axes", "cuts", "devices", "leaves"},
     "lowering": {"leaves", "topology", "wire"},
-    "mixing": {"axes", "cuts", "deprecated", "leaves", "lowering", "packing", "topology", "wire"},
+    "steps": {"axes", "leaves"},
+    "mixing": {"axes", "cuts", "deprecated", "leaves", "lowering", "packing", "steps", "topology", "wire"},
     "algorithms": {"axes", "deprecated", "guard", "leaves", "mixing"},
     "push_sum": {"algorithms", "axes", "cuts", "deprecated", "leaves", "lowering", "mixing", "packing", "topology"},
+    "outer_steps": {"algorithms", "axes", "leaves", "mixing", "packing", "steps"},
+    "periods": {"leaves", "steps"},
+    "adam": {"leaves"},
     "presets": {"algorithms", "cuts", "deprecated", "leaves", "mixing", "packing", "push_sum", "topology"},
     "resize": {"leaves", "push_sum"},
     "copies": {"axes", "deprecated", "leaves", "mesh"},
@@ -96,7 +100,7 @@ def test_files_and_functions_hold_one_idea():
         assert len(path.read_text().splitlines()) <= 350, path
         for name, length in lines_of_functions(path):
             assert length <= 45, f"{name} in {path.name} has {length} lines"
-    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "crossover_jax").rglob("*.py")) <= 4300
+    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "crossover_jax").rglob("*.py")) <= 4800
 
 
 def test_private_names_of_jax_and_versions_are_in_no_room_but_axes():

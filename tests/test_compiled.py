@@ -41,22 +41,27 @@ def loss(params, x):
 
 def compiled_step(pool, devices, *, during, in_flight=None, cut=cj.by_size):
     """The compiled train step of a stack of matrices on one worker per chip."""
+    mix = cj.crossover(len(devices), pool=pool, cut=cut(pool.num_rounds), in_flight=in_flight)
+    return compiled((cj.mix_during if during else cj.mix_after)(optax.sgd(0.1, momentum=0.9), mix), devices)
+
+
+def compiled(algorithm, devices, length=None):
+    """The same of any algorithm: one step, or a period of `length`."""
     n = len(devices)
     mesh = cj.make_mesh(n, devices=devices)
-    segments = cut(pool.num_rounds)
-    mix = cj.crossover(n, pool=pool, cut=segments, in_flight=in_flight)
-    algorithm = (cj.mix_during if during else cj.mix_after)(optax.sgd(0.1, momentum=0.9), mix)
 
     def step(state, x, t):
         params, inner = state
-        return algorithm.update(jax.grad(loss)(params, x), inner, params, t)
+        return algorithm.update(jax.grad(loss)(params, x), inner, params, t), None
 
     params = [jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)] * LAYERS
-    shapes = ((params, jax.eval_shape(algorithm.init, params)), jax.ShapeDtypeStruct((64, WIDTH), jnp.float32))
+    x = jax.ShapeDtypeStruct((*(() if length is None else (length,)), 64, WIDTH), jnp.float32)
+    shapes = ((params, jax.eval_shape(algorithm.init, params)), x)
     spec = NamedSharding(mesh, P("worker"))
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct((n, *s.shape), s.dtype, sharding=spec), shapes)
     t = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    return cj.per_worker(step, mesh, replicated=(2,)).lower(*shapes, t).compile()
+    whole = step if length is None else cj.period(step, length)
+    return cj.per_worker(whole, mesh, replicated=(2,)).lower(*shapes, t).compile()
 
 
 @pytest.mark.parametrize("during", [False, True])
@@ -113,6 +118,33 @@ def test_no_more_channels_are_under_way_than_in_flight_allows(in_flight):
 def test_mixing_after_the_step_cannot_be_hidden_and_the_schedule_shows_it(pod):
     order = schedule(compiled_step(POOLS["latin"](len(pod)), pod, during=False).as_text())
     assert order.index("send") > max(i for i, op in enumerate(order) if op == "matmul")
+
+
+@pytest.mark.parametrize("wire", [None, "int4"])
+@pytest.mark.parametrize("slices", [1, 4])
+def test_an_exchange_stays_under_way_across_the_loop_over_a_period_s_steps(slices, wire):
+    devices = chips(slices)
+    n = len(devices)
+    mix = cj.crossover(n, pool=cj.topology.latin(n, 4), wire=wire)
+    outer = cj.outer(optax.sgd(0.1), optax.sgd(0.7, momentum=0.9, nesterov=True), mix, every=8, overlap=True)
+    text = compiled(outer, devices, length=8).as_text()
+    order = schedule(text)
+    loop = order.index("while")
+    matmuls = [i for i, op in enumerate(order) if op == "matmul"]  # of the last step, which stands on its own
+    starts = [i for i, op in enumerate(order) if op in ("send", "recv", "collective-permute-start")]
+    dones = [i for i, op in enumerate(order) if op in ("send-done", "recv-done", "collective-permute-done")]
+    assert order.count("while") == 1
+    assert len(matmuls) >= 3 * LAYERS - 1
+    assert len(starts) == len(dones) >= 4
+    assert ("send" in order) == (slices > 1)
+    assert max(starts) < loop < matmuls[-1] < min(dones)
+    assert "conditional" not in collectives(text)
+
+
+def test_without_overlap_the_exchange_of_a_period_follows_its_loop(pod):
+    outer = cj.outer(optax.sgd(0.1), None, cj.crossover(len(pod), pool=POOLS["latin"](len(pod))), every=4)
+    order = schedule(compiled(outer, pod, length=4).as_text())
+    assert order.index("while") < order.index("send")
 
 
 @pytest.mark.parametrize("hierarchical", [False, True])
