@@ -1,13 +1,23 @@
-"""Natural language out of a package, and what a run on text reports."""
+"""Natural language out of a package, and the configs that train on text."""
 
 import gzip
+import math
 import struct
 import zlib
 
+import jax
+import numpy as np
 import pytest
 
+import crossover_jax as cj
 from experiments import data
+from experiments.algorithms import make_algorithm
+from experiments.configs import lm, lm_1m
 from experiments.data import corpora, prepare, sources
+from experiments.optimizers import make_optimizer, make_schedule
+from experiments.program import make_program, wire_bytes_per_step
+from experiments.settings import check_settings
+from tests.experiments.helpers import changed
 
 ENTRIES = b"Lark \\Lark\\, v. i.\n   To sport; to frolic.\n   [1913 Webster]\n\n" * 40
 
@@ -83,3 +93,56 @@ def test_what_only_data_sets_have_is_refused_for_a_corpus(package, tmp_path, cap
 
 def test_dictzip_of_these_tests_is_gzip():
     assert gzip.decompress(dictzip(ENTRIES)) == ENTRIES
+
+
+# ---- clipping and the schedule ----
+
+GRADIENTS = {"a": np.array([[3.0, 0.0], [0.1, -0.3]], np.float32), "b": np.array([[4.0], [0.2]], np.float32)}
+
+
+def first_update(algorithm, clip_norm):
+    """Of two workers that are given `GRADIENTS`, by SGD of rate 1 and nothing else."""
+    config = changed(lm.get_config(), optimizer="sgd", algorithm=algorithm, num_workers=2, clip_norm=clip_norm)
+    config.update_from_flattened_dict({"sgd.momentum": 0.0, "sgd.weight_decay": 0.0})
+    config.update_from_flattened_dict({"schedule.warmup": 0.0, "schedule.learning_rate": 1.0})
+    params = jax.tree.map(lambda g: np.zeros_like(g[0]), GRADIENTS)
+    chosen = make_algorithm(config, make_optimizer(config, 10), params)
+    step = cj.per_worker(lambda g, s, x: chosen.update(g, s, x, 0)[0], 2, donate=False)
+    return step(GRADIENTS, *cj.copies((chosen.init(params), params), 2))
+
+
+@pytest.mark.parametrize("algorithm", ["alone", "allreduce"])
+def test_what_is_clipped_is_a_worker_s_own_gradient_or_the_averaged_one(algorithm):
+    flat = np.concatenate([GRADIENTS["a"], GRADIENTS["b"]], 1)  # norms 5 and 0.374
+    if algorithm == "allreduce":
+        flat = np.broadcast_to(flat.mean(0), flat.shape)
+    norms = np.sqrt((flat**2).sum(1, keepdims=True))
+    for clip_norm, expected in ((None, -flat), (2.0, -flat * np.minimum(1, 2 / norms))):
+        update = first_update(algorithm, clip_norm)
+        np.testing.assert_allclose(np.concatenate([update["a"], update["b"]], 1), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_cosine_ends_where_the_config_says():
+    schedule = make_schedule(lm.get_config().schedule, 800, peak=0.016)
+    found = [float(schedule(step)) for step in range(0, 801, 20)]
+    for step, rate in zip(range(0, 801, 20), found, strict=True):
+        down = (1 + math.cos(math.pi * (step - 80) / 720)) / 2
+        up = (1 + step) / 81
+        assert rate == pytest.approx(0.016 * (up if step < 80 else 0.1 + 0.9 * down), rel=1e-5)
+    assert found[-1] == pytest.approx(0.0016)
+
+
+# ---- the configs ----
+
+
+@pytest.mark.parametrize(("config", "size"), [(lm, 151_872), (lm_1m, 1_016_960)])
+def test_a_config_has_its_parameters_and_sends_three_rounds_of_bytes(config, size):
+    config = config.get_config()
+    check_settings(config)
+    program = make_program(config, data.describe("text", sequence=64), 8, config.steps)
+    assert sum(x.size for x in jax.tree.leaves(program.shapes.params)) == size
+    numbers = math.ceil(size / 7)  # of each of a round's seven messages: a byte each, and 4 for every 256 of them
+    message = numbers + 4 * math.ceil(numbers / 256)
+    sent = wire_bytes_per_step(program.algorithm, program.shapes.params, config)
+    assert sent == pytest.approx(3 * 7 * message, rel=1e-3)
+    assert sent < 4 * size  # less than the model in float32
