@@ -1,7 +1,8 @@
-"""Natural language out of a package, and the configs that train on text."""
+"""Natural language out of a package, and what a run on text reports."""
 
 import gzip
 import math
+import os
 import struct
 import zlib
 
@@ -10,14 +11,14 @@ import numpy as np
 import pytest
 
 import crossover_jax as cj
-from experiments import data
+from experiments import data, models, report, train
 from experiments.algorithms import make_algorithm
 from experiments.configs import lm, lm_1m
 from experiments.data import corpora, prepare, sources
 from experiments.optimizers import make_optimizer, make_schedule
 from experiments.program import make_program, wire_bytes_per_step
 from experiments.settings import check_settings
-from tests.experiments.helpers import changed
+from tests.experiments.helpers import changed, read_rows, scalars
 
 ENTRIES = b"Lark \\Lark\\, v. i.\n   To sport; to frolic.\n   [1913 Webster]\n\n" * 40
 
@@ -146,3 +147,74 @@ def test_a_config_has_its_parameters_and_sends_three_rounds_of_bytes(config, siz
     sent = wire_bytes_per_step(program.algorithm, program.shapes.params, config)
     assert sent == pytest.approx(3 * 7 * message, rel=1e-3)
     assert sent < 4 * size  # less than the model in float32
+
+
+# ---- what a run on text reports ----
+
+SEQUENCE, BATCH, STEPS, WORKERS = 16, 8, 4, 2
+OPTIONS = {"num_layers": 1, "width": 8, "num_heads": 2, "mlp_width": 8}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Config, folder, last state and rows of a run that is evaluated behind its second and its last step."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "fox.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    config = changed(lm.get_config(), num_workers=WORKERS, batch_size=BATCH, steps=STEPS, simulate="yes", log_every=1)
+    config.update_from_flattened_dict({"dataset.data_dir": os.fspath(folder / "fox.txt"), "dataset.sequence": SEQUENCE})
+    config.update_from_flattened_dict({"checkpoint.every": None, "eval_batch_size": 4, "algorithm": "allreduce"})
+    config.update_from_flattened_dict({"crossover.rounds": 1, "crossover.wire": None})
+    config.model.options.update(OPTIONS)
+    config.eval_every = 2 * BATCH / (1440 // SEQUENCE)  # 1800 bytes, of which eight tenths are trained on
+    return config, folder, *train.train(config.lock(), folder)
+
+
+def test_bits_per_byte_are_the_averaged_model_s_log2_of_what_it_gave_the_bytes(run):
+    config, folder, state, rows = run
+    held_out = data.load("text", "validation", data_dir=config.dataset.data_dir, sequence=SEQUENCE).source
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64).mean(0).astype(np.float32), state.params)
+    graphdef, *_ = models.build("decoder", num_classes=256, image_shape=(SEQUENCE,), seed=0, **config.model.options)
+    logits, _ = models.apply(graphdef, params, {}, held_out.image, train=False, key=None)
+    p = np.exp(np.asarray(logits, np.float64))
+    p /= p.sum(-1, keepdims=True)
+    expected = -np.log2(np.take_along_axis(p, held_out.label[..., None], -1)).mean()
+    assert rows[-1]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert [row["step"] for row in rows if "bits_per_byte" in row] == [2, 4]
+    assert read_rows(folder) == rows
+    assert scalars(folder)["bits_per_byte", STEPS] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bytes_and_tokens_are_counted_per_worker_and_over_all_workers(run):
+    *_, state, rows = run
+    size = sum(x.size for x in jax.tree.leaves(state.params)) / WORKERS
+    each = BATCH // WORKERS * SEQUENCE  # tokens of a worker's step
+    for row in rows:
+        assert row["wire_bytes_per_token"] == pytest.approx(4 * size * 2 * (WORKERS - 1) / WORKERS / each)
+        assert row["tokens_per_second"] == pytest.approx(row["examples_per_second"] * SEQUENCE)
+
+
+def test_the_table_of_a_run_on_text_has_its_bits_bytes_and_speed(run):
+    config, _, _, rows = run
+    log = report.Log(None, title="", num_steps=STEPS, batch_size=BATCH, steps_per_epoch=1, wire_bytes_per_step=0)
+    log.rows = rows
+    table, last = train.results(config, log, 1.0), rows[-1]
+    assert table["bits per byte, averaged model"] == f"{last['bits_per_byte']:.4f}"
+    assert table["sent per worker and token"] == f"{last['wire_bytes_per_token']:.1f} bytes"
+    assert table["tokens per second"] == f"{last['tokens_per_second']:.0f}"
+    log.rows = [{name: value for name, value in last.items() if "byte" not in name} | {"wire_bytes_per_step": 0}]
+    assert not any("byte" in name or "token" in name for name in train.results(config, log, 1.0))
+
+
+@pytest.mark.parametrize("sends", [True, False])
+def test_the_curves_of_text_are_bits_and_distances_and_their_title_names_the_bytes(sends, run):
+    *_, rows = run
+    if not sends:
+        rows = [row | {"wire_bytes_per_step": 0.0, "wire_bytes_per_token": 0.0} for row in rows]
+    figure = report.text_curves(rows, "a run")
+    bits, distance = figure.axes
+    training, held_out = bits.lines
+    np.testing.assert_allclose(training.get_ydata(), [row["train/loss"] / math.log(2) for row in rows])
+    np.testing.assert_array_equal(held_out.get_xydata(), [[row["step"], row["bits_per_byte"]] for row in rows[1::2]])
+    np.testing.assert_array_equal(distance.lines[0].get_ydata(), [row["consensus_distance"] for row in rows[1::2]])
+    assert figure.get_suptitle() == f"a run: {rows[-1]['wire_bytes_per_token']:.1f} bytes sent per token"
+    assert [axis.get_xlabel() for axis in bits.child_axes] == ["MB sent by each worker"] * sends
