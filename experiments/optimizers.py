@@ -20,6 +20,10 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """What `config.optimizer` names, with its own group of keys; weight decay is of `matrices` only.
 
+    Before it the gradient is scaled down to a norm of `config.clip_norm`, over all its leaves, where it is longer: each
+    worker's own before anything is mixed, but the average where the algorithm averages gradients ("allreduce"), for an
+    optimizer sees no other. So at one norm allreduce clips less: an average is shorter than what it is of.
+
     The highest learning rate is `config.schedule.learning_rate`, or `learning_rate`, which may be traced.
     """
     scheduled = partial(make_schedule, config.schedule, num_steps)
@@ -31,7 +35,8 @@ def make_optimizer(
         def rate(step):  # optax' own take no traced rate
             return learning_rate * shape(step)
 
-    return optax.chain(OPTIMIZERS[config.optimizer](rate, scheduled, **config[config.optimizer]), note_finite())
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    return optax.chain(*clip, OPTIMIZERS[config.optimizer](rate, scheduled, **config[config.optimizer]), note_finite())
 
 
 class FiniteState(NamedTuple):
@@ -59,7 +64,7 @@ def note_finite() -> optax.GradientTransformation:
 
 
 def make_schedule(config: ml_collections.ConfigDict, num_steps: int, peak: float) -> optax.Schedule:
-    """Linear warm-up to `peak`, then a cosine to zero, or (1 - t) to the power of `polynomial.power`.
+    """Linear warm-up to `peak`, then a cosine to `cosine.end` of it, or (1 - t) to the power of `polynomial.power`.
 
     `config` is `config.schedule`. Of w steps of warm-up the first takes 1 / (w + 1) of the peak. A fall by a power ends
     at `polynomial.end` of the peak, and stays there. `warmup` and `polynomial.tail`, that stay, are parts of all steps.
@@ -72,7 +77,8 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int, peak: float
     warmup = round(config.warmup * num_steps)
     last = max(num_steps, warmup + 1)
     if config.decay == "cosine":
-        return optax.schedules.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, last)
+        end = config.cosine.end * peak
+        return optax.schedules.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, last, end)
     own = config.polynomial
     rise = optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup)
     until = max(last - round(own.tail * num_steps), warmup + 1)

@@ -110,6 +110,11 @@ def steps_of(config: ml_collections.ConfigDict, dataset: data.Dataset) -> int:
     return config.steps or max(1, round(config.epochs * (len(dataset) / config.batch_size)))
 
 
+def tokens_per_example(config: ml_collections.ConfigDict) -> int | None:
+    """Bytes of an example of text; None for images."""
+    return config.dataset.sequence if config.dataset.name == "text" else None
+
+
 def train_batches(
     config: ml_collections.ConfigDict,
     dataset: data.Dataset,

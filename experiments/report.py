@@ -3,11 +3,12 @@
 workdir/metrics.jsonl   a row of metrics a line
 workdir/events.*        the same for TensorBoard
 workdir/status.json     where the run is: the step that it went on from, and the one of its last row
-workdir/curves.png      accuracy, loss and consensus distance
+workdir/curves.png      accuracy, loss and consensus distance; of text, bits per byte and consensus distance
 """
 
 import contextlib
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore  # generated code without types
 from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore  # generated code without types
@@ -60,8 +62,10 @@ class Log:
     """The progress bar, and rows of metrics, written as soon as they are known; without a `workdir` only collected.
 
     `train/loss` and `train/accuracy` are means over the steps and workers since the row before, and
-    `examples_per_second` is measured from row to row, without the evaluations between them. With the `state` of an
-    earlier run it goes on where that was, behind the rows up to `first_step`.
+    `examples_per_second` is measured from row to row, without the evaluations between them. Where an example is text of
+    `tokens_per_example` bytes, there are also `tokens_per_second`, of all workers, and `wire_bytes_per_token`, what a
+    worker sends for each byte of its own batch. With the `state` of an earlier run it goes on where that was, behind
+    the rows up to `first_step`.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class Log:
         batch_size: int,
         steps_per_epoch: float,
         wire_bytes_per_step: float,
+        num_workers: int = 1,
+        tokens_per_example: int | None = None,
         first_step: int = 0,
         state: dict[str, Any] | None = None,
     ):
@@ -86,6 +92,7 @@ class Log:
         self._workdir, self._title = workdir, title
         self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
         self._wire_bytes = wire_bytes_per_step
+        self._num_workers, self._tokens = num_workers, tokens_per_example
         if workdir is not None:
             rewrite(workdir / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
             self._status = {"began": time.time(), "start": first_step, "step": first_step, "num_steps": num_steps}
@@ -125,12 +132,15 @@ class Log:
             "examples_per_second": self._steps * self._batch_size / self._lap("training"),
             "wire_bytes_per_step": self._wire_bytes,
         }
+        shown = {"loss": f"{row['train/loss']:.3f}", "accuracy": f"{row['train/accuracy']:.3f}"}
+        if self._tokens is not None:
+            row["tokens_per_second"] = row["examples_per_second"] * self._tokens
+            row["wire_bytes_per_token"] = self._wire_bytes * self._num_workers / (self._batch_size * self._tokens)
+            shown["tokens_s"] = f"{row['tokens_per_second']:.0f}"
+        else:
+            shown["images_s"] = f"{row['examples_per_second']:.0f}"
         self._means = {name: [] for name in self._means}
-        self._bar.set_postfix(
-            loss=f"{row['train/loss']:.3f}",
-            accuracy=f"{row['train/accuracy']:.3f}",
-            images_s=f"{row['examples_per_second']:.0f}",
-        )
+        self._bar.set_postfix(shown)
         if evaluate is not None:
             row |= evaluate()
             self._lap("evaluation")
@@ -192,8 +202,9 @@ def saying(what: str) -> Iterator[None]:
 
 def _summary(row: Row) -> str:
     """One line about an evaluation."""
+    bits = f"bits per byte {row['bits_per_byte']:.3f}  " if "bits_per_byte" in row else ""
     return (
-        f"epoch {row['epoch']:5.2f}  step {row['step']:6d}  loss {row['train/loss']:.3f}  "
+        f"epoch {row['epoch']:5.2f}  step {row['step']:6d}  loss {row['train/loss']:.3f}  {bits}"
         f"averaged model {row['eval/mean/accuracy']:.4f}  workers {row['eval/workers/accuracy']:.4f} "
         f"[{row['eval/workers/accuracy_min']:.4f}, {row['eval/workers/accuracy_max']:.4f}]  "
         f"consensus distance {row['consensus_distance']:.3f}"
@@ -201,7 +212,13 @@ def _summary(row: Row) -> str:
 
 
 def draw_curves(rows: list[Row], path: str | pathlib.Path, title: str) -> None:
-    """Accuracy, loss and consensus distance against epochs, as a PNG."""
+    """Accuracy, loss and consensus distance against epochs, as a PNG; of text what `text_curves` shows."""
+    of_text = "wire_bytes_per_token" in rows[-1]
+    (text_curves if of_text else image_curves)(rows, title).savefig(path, dpi=110)
+
+
+def image_curves(rows: list[Row], title: str) -> Figure:
+    """Accuracy, loss and consensus distance against epochs."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     accuracy, loss, distance = figure.subplots(1, 3)
     epoch, low = _column(rows, "eval/workers/accuracy_min")
@@ -220,18 +237,57 @@ def draw_curves(rows: list[Row], path: str | pathlib.Path, title: str) -> None:
     accuracy.legend(loc="lower right")
     loss.legend(loc="upper right")
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
-def _plot(axes: Any, rows: list[Row], name: str, label: str, *, scale: float = 1.0, **style: Any) -> None:
-    epoch, value = _column(rows, name)
-    axes.plot(epoch, scale * value, label=label, **style)
+def text_curves(rows: list[Row], title: str) -> Figure:
+    """Bits per byte and consensus distance against steps; the title says what is sent per token.
+
+    Above the first panel stands what each worker has sent by then, where it sends anything.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    bits, distance = figure.subplots(1, 2)
+    _plot(bits, rows, "train/loss", "training, workers' batches", x="step", scale=1 / math.log(2), color="tab:gray")
+    _plot(bits, rows, "bits_per_byte", "held-out text, averaged model", x="step", color="tab:blue", marker="o")
+    evaluated = [row for row in rows if "bits_per_byte" in row]
+    if evaluated:
+        last = evaluated[-1]
+        bits.annotate(
+            f"{last['bits_per_byte']:.3f}",
+            (last["step"], last["bits_per_byte"]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            color="tab:blue",
+        )
+    bits.set(title="bits per byte", xlabel="step", yscale="log")
+    bits.yaxis.set_major_locator(FixedLocator([1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]))
+    bits.yaxis.set_major_formatter("{x:g}")
+    bits.yaxis.set_minor_locator(NullLocator())
+    sent = rows[-1]["wire_bytes_per_step"] / 1e6
+    if sent:
+        above = bits.secondary_xaxis("top", functions=(lambda step: step * sent, lambda megabytes: megabytes / sent))
+        above.set_xlabel("MB sent by each worker")
+    _plot(distance, rows, "consensus_distance", "", x="step", color="tab:green", marker="o")
+    distance.set(title="consensus distance Ξ", xlabel="step", ylim=(0, None))
+    for axes in (bits, distance):
+        axes.grid(alpha=0.3)
+    bits.legend(loc="upper right")
+    figure.suptitle(f"{title}: {rows[-1]['wire_bytes_per_token']:.1f} bytes sent per token")
+    return figure
 
 
-def _column(rows: list[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and values of the rows that have `name`."""
+def _plot(
+    axes: Any, rows: list[Row], name: str, label: str, *, x: str = "epoch", scale: float = 1.0, **style: Any
+) -> None:
+    places, value = _column(rows, name, x)
+    axes.plot(places, scale * value, label=label, **style)
+
+
+def _column(rows: list[Row], name: str, x: str = "epoch") -> tuple[np.ndarray, np.ndarray]:
+    """Epochs, or another `x`, and values of the rows that have `name`."""
     rows = [row for row in rows if name in row]
-    return np.array([row["epoch"] for row in rows]), np.array([row[name] for row in rows])
+    return np.array([row[x] for row in rows]), np.array([row[name] for row in rows])
 
 
 def table(rows: dict[str, str]) -> str:

@@ -98,7 +98,9 @@ def _requirements(config: ml_collections.ConfigDict) -> dict[str, tuple[bool, st
         "on_nan": (config.on_nan in ("stop", "rollback"), "'stop' or 'rollback'"),
         "max_rollbacks": (config.max_rollbacks >= 0, "at least 0"),
         "schedule.warmup": (0 <= schedule.warmup <= 1, "from 0 to 1"),
+        "schedule.cosine.end": (0 <= schedule.cosine.end <= 1, "from 0 to 1"),
         "schedule.polynomial.tail": (0 <= tail <= 1 - schedule.warmup, "from 0 to 1 minus the warm-up"),
+        "clip_norm": (config.clip_norm is None or config.clip_norm > 0, "None or positive"),
         "label_smoothing": (0 <= config.label_smoothing < 1, "at least 0 and below 1"),
     } | (
         {"checkpoint.every": (config.checkpoint.every is not None, "a number with --config.on_nan=rollback")}

@@ -5,6 +5,7 @@ python -m experiments.train --config=experiments/configs/fashion_mnist.py --work
 
 import contextlib
 import itertools
+import math
 import pathlib
 import sys
 import time
@@ -25,7 +26,15 @@ import crossover_jax as cj
 from experiments import checkpoint, data, flags, processes, report
 from experiments.checkpoint import Checkpoints, NotSaved
 from experiments.evaluate import make_evaluate
-from experiments.program import Program, make_program, place_workers, steps_of, train_batches, wire_bytes_per_step
+from experiments.program import (
+    Program,
+    make_program,
+    place_workers,
+    steps_of,
+    tokens_per_example,
+    train_batches,
+    wire_bytes_per_step,
+)
 from experiments.resume import SAME, Resume, Start, as_json, first_or_restored
 from experiments.settings import check_settings, device_counts, fingerprint, run_identity, versions
 from experiments.step import Diverged, TrainState, fetch
@@ -130,7 +139,10 @@ def set_up(
         return map(program.place_batch, train_batches(config, train_set, program.batch_part, first_step, rollbacks))
 
     def evaluate(step: int, state: TrainState) -> report.Row:
-        return evaluate_on(step, state, data.eval_batches(eval_set, batch_size=config.eval_batch_size))
+        row = evaluate_on(step, state, data.eval_batches(eval_set, batch_size=config.eval_batch_size))
+        if tokens_per_example(config) is not None:  # the classes of text are bytes
+            row["bits_per_byte"] = row["eval/mean/loss"] / math.log(2)
+        return row
 
     evaluate_on = make_evaluate(program.predict, program.algorithm, workers, program.specs)
     like = cj.abstract_copies(program.shapes, workers, specs=program.specs)
@@ -148,6 +160,8 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
         title=f"{config.algorithm}, {config.num_workers} workers, {config.model.name} on {config.dataset.name}",
         num_steps=job.num_steps,
         batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        tokens_per_example=tokens_per_example(config),
         steps_per_epoch=job.steps_per_epoch,
         wire_bytes_per_step=wire_bytes_per_step(program.algorithm, program.shapes.params, config),
         first_step=start.step,
@@ -224,6 +238,13 @@ def is_due(step: int, every: float) -> bool:
 def results(config: ml_collections.ConfigDict, log: report.Log, setup: float) -> dict[str, str]:
     """The table at the end of a run."""
     row, seconds = log.rows[-1], log.seconds
+    of_text = {}
+    if "bits_per_byte" in row:
+        of_text = {
+            "bits per byte, averaged model": f"{row['bits_per_byte']:.4f}",
+            "sent per worker and token": f"{row['wire_bytes_per_token']:.1f} bytes",
+            "tokens per second": f"{row['tokens_per_second']:.0f}",
+        }
     return {
         "algorithm": f"{config.algorithm}, {config.num_workers} workers",
         "steps": f"{row['step']} of {config.batch_size} examples, {row['epoch']:.2f} epochs",
@@ -232,6 +253,7 @@ def results(config: ml_collections.ConfigDict, log: report.Log, setup: float) ->
         f"to {row['eval/workers/accuracy_max']:.4f}",
         "consensus distance": f"{row['consensus_distance']:.4f}",
         "sent per worker and step": f"{row['wire_bytes_per_step'] / 1e6:.3f} MB",
+        **of_text,
         "time": f"set-up {setup:.0f} s, training {seconds['training']:.0f} s, evaluation {seconds['evaluation']:.0f} s",
     }
 

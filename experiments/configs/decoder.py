@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.dataset.name = "text"
     config.dataset.data_dir = f"{sysconfig.get_path('stdlib')}/*.py"  # a file, a folder or a pattern of files
+    config.dataset.train_split = "train+validation"  # nothing is tuned here
     config.dataset.eval_split = "test[:25%]"  # of the last tenth of the bytes
     config.dataset.sequence = 128  # bytes of an example
 

@@ -60,7 +60,10 @@ def add_schedule(config: ml_collections.ConfigDict) -> None:
     config.schedule = ml_collections.ConfigDict()
     config.schedule.learning_rate = 0.1  # the highest
     config.schedule.warmup = 0.1  # part of all steps
-    config.schedule.decay = "cosine"  # to zero; or "polynomial"
+    config.schedule.decay = "cosine"  # or "polynomial"
+
+    config.schedule.cosine = ml_collections.ConfigDict()
+    config.schedule.cosine.end = 0.0  # part of the learning rate
 
     config.schedule.polynomial = ml_collections.ConfigDict()
     config.schedule.polynomial.power = 2.2
@@ -71,6 +74,7 @@ def add_schedule(config: ml_collections.ConfigDict) -> None:
 def add_optimizers(config: ml_collections.ConfigDict) -> None:
     """Weight decay is of matrices and filters only."""
     config.optimizer = "sgd"  # or "lars", "adamw"
+    config.clip_norm = placeholder(float)  # the longest gradient, a worker's own or "allreduce"'s average; None: any
 
     config.sgd = ml_collections.ConfigDict()
     config.sgd.momentum = 0.9

@@ -78,7 +78,7 @@ def find(name: str, data_dir: str | pathlib.Path) -> tfds.core.DatasetBuilder | 
 def _build(name: str, data_dir: pathlib.Path, manual_dir: str | pathlib.Path | None, num_shards: int | None) -> None:
     stock, package, read = BUILDERS[name]
     with tempfile.TemporaryDirectory() as scratch:
-        found = _raw_files(name, data_dir, manual_dir, pathlib.Path(scratch))
+        found = sources.raw_files(name, data_dir, manual_dir, pathlib.Path(scratch))
         splits, label_names = read(found)
 
         # pyrefly: ignore[invalid-inheritance]  (the stock builder is chosen by name)
@@ -100,19 +100,6 @@ def _build(name: str, data_dir: pathlib.Path, manual_dir: str | pathlib.Path | N
             download_dir=scratch,
             download_config=tfds.download.DownloadConfig(try_download_gcs=False, num_shards=num_shards),
         )
-
-
-def _raw_files(name: str, data_dir: pathlib.Path, manual_dir, scratch: pathlib.Path) -> list[pathlib.Path]:
-    if manual_dir is None and name == "fashion_mnist":
-        files, tried = sources.find_fashion_mnist(scratch)
-    elif manual_dir is None:
-        files, tried = None, ["No --manual_dir with its raw files was given."]
-    else:
-        folder = pathlib.Path(manual_dir).expanduser()
-        files, tried = sources.manual_files(name, folder), [f"{folder} does not hold its raw files."]
-    if files is None:
-        raise sources.missing(name, data_dir, tried)
-    return files
 
 
 def _read_idx(name: str, files: list[pathlib.Path]) -> tuple[Splits, None]:

@@ -101,8 +101,9 @@ def load(name: str, split: str, *, data_dir: str | pathlib.Path, sequence: int =
 
     `split` is in TFDS' language: "train", "test", "validation", "train[:90%]", "train[90%:]". Small sets are decoded
     into memory once per process, 4 s for Fashion-MNIST, and slices are views. For "text", `data_dir` is a file, a
-    folder or a pattern of files, the same on all hosts, in windows of `sequence` bytes. Raises `DataMissing` with what
-    to do when the data are not there and `ValueError` for an unknown name or split.
+    folder or a pattern of files, the same on all hosts, in windows of `sequence` bytes; its "validation" is the tenth
+    before the last. Raises `DataMissing` with what to do when the data are not there and `ValueError` for an unknown
+    name or split.
     """
     dataset = describe(name, sequence=sequence)
     source = _windows(data_dir, sequence, split) if name == "text" else _prepared(name, split, data_dir)

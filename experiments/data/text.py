@@ -15,19 +15,28 @@ Windows = tuple[UInt8[np.ndarray, "examples sequence"], Int32[np.ndarray, "examp
 
 @functools.cache
 def splits(data_dir: str | pathlib.Path, sequence: int) -> dict[str, Windows]:
-    """Windows of `sequence` bytes of all text in `data_dir`: "test" is the last tenth of the bytes, "train" the rest.
+    """Windows of `sequence` bytes of all text in `data_dir`, `[examples, sequence]` each, by the names of three parts.
 
-    Read once per process, for everybody and therefore read-only. Raises `DataMissing` where there are no files.
+    "test" is the last tenth of the bytes, "validation", for tuning, the tenth before, and "train" the rest. The windows
+    of "train+validation" are those of the first nine tenths in one piece. Read once per process, for everybody and
+    therefore read-only. Raises `DataMissing` where there are no files.
     """
     paths = files(data_dir)
     if not paths:
         raise DataMissing(
             f"No text in {data_dir}: `config.dataset.data_dir` must be a file, a folder, or a pattern such as "
-            "'texts/**/*.txt'."
+            "'texts/**/*.txt'. English comes by `python -m experiments.data.prepare gcide --data_dir data`."
         )
     text = np.frombuffer(b"".join(path.read_bytes() for path in paths), np.uint8)
-    border = len(text) - len(text) // 10
-    return {"train": windows(text[:border], sequence), "test": windows(text[border:], sequence)}
+    tenth = len(text) // 10
+    border = len(text) - tenth
+    inputs, labels = windows(text[:border], sequence)
+    held_out = (border - tenth) // sequence  # a window across the border is held out
+    return {
+        "train": (inputs[:held_out], labels[:held_out]),
+        "validation": (inputs[held_out:], labels[held_out:]),
+        "test": windows(text[border:], sequence),
+    }
 
 
 def files(data_dir: str | pathlib.Path) -> list[pathlib.Path]:

@@ -315,7 +315,7 @@ def test_a_corrupt_file_is_named_with_both_digests(tmp_path, monkeypatch, cut):
 
 def test_fashion_mnist_comes_from_debian_s_folder_if_it_is_there(tmp_path, monkeypatch):
     x, y, *_ = write_idx(tmp_path, "fashion_mnist", monkeypatch)
-    monkeypatch.setattr(sources, "DEBIAN_FOLDER", tmp_path)
+    monkeypatch.setitem(sources.DEBIAN, "fashion_mnist", ("package", tmp_path))
     monkeypatch.setattr(sources, "_call", lambda *_: pytest.fail("a command was run"))
     dataset = data.load("fashion_mnist", "train", data_dir=tmp_path / "d")
     assert as_set(*dataset.source) == as_set(x, y)
@@ -326,7 +326,7 @@ def test_missing_data_are_explained_with_the_commands_to_type(tmp_path, monkeypa
     def unreachable(*_, **__):
         raise urllib.error.URLError("no route")
 
-    monkeypatch.setattr(sources, "DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.setitem(sources.DEBIAN, "fashion_mnist", ("dataset-fashion-mnist", tmp_path / "debian"))
     monkeypatch.setattr(sources.shutil, "which", lambda _: "/usr/bin/it" if debian else None)
     monkeypatch.setattr(sources, "_call", lambda *_: "E: no such package")
     monkeypatch.setattr(sources.urllib.request, "urlopen", unreachable)

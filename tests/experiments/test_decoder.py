@@ -304,8 +304,8 @@ SIZES = {"a.txt": 501, "b/c.txt": 300, "d.md": 200}
 def test_windows_are_the_text_and_their_labels_the_next_bytes(texts):
     root, content = texts
     text = b"".join(content.values())
-    border = len(text) - len(text) // 10
-    for split, part in (("train", text[:border]), ("test", text[border:])):
+    parts = {"train+validation": text[:-100], "test": text[-100:]}  # of 1001 bytes
+    for split, part in parts.items():
         dataset = data.load("text", split, data_dir=root, sequence=8)
         assert (dataset.num_classes, dataset.image_shape, dataset.label_shape) == (256, (8,), (8,))
         assert len(dataset) == (len(part) - 1) // 8
@@ -315,14 +315,29 @@ def test_windows_are_the_text_and_their_labels_the_next_bytes(texts):
         assert (dataset.source.image.dtype, dataset.source.label.dtype) == (np.uint8, np.int32)
 
 
+def test_what_arms_are_tuned_on_is_the_tenth_before_the_last_and_no_byte_of_it_is_trained_on(texts):
+    root, content = texts
+    text = b"".join(content.values())  # 1001 bytes: 801 for training, of which windows of 8 leave one to the next part
+    train, held_out, both = (
+        data.load("text", split, data_dir=root, sequence=8).source
+        for split in ("train", "validation", "train+validation")
+    )
+    assert train.image.tobytes() == text[:800]
+    assert held_out.image.tobytes() == text[800:896]  # the last of 901 bytes is a label only
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(
+            np.concatenate([getattr(train, name), getattr(held_out, name)]), getattr(both, name)
+        )
+
+
 def test_a_file_a_pattern_and_a_slice_are_parts_of_the_folder(texts):
     root, content = texts
 
     def image(data_dir, split="train"):
         return data.load("text", split, data_dir=os.fspath(data_dir), sequence=8).source.image
 
-    assert image(root / "d.md").tobytes() == content["d.md"][:176]  # 180 bytes are not the last tenth
-    assert image(f"{root}/**/*.txt").tobytes() == (content["a.txt"] + content["b/c.txt"])[:720]
+    assert image(root / "d.md").tobytes() == content["d.md"][:160]  # of 200 bytes
+    assert image(f"{root}/**/*.txt").tobytes() == (content["a.txt"] + content["b/c.txt"])[:640]
     whole, first, last = (image(root, f"train{part}") for part in ("", "[:90%]", "[90%:]"))
     np.testing.assert_array_equal(np.concatenate([first, last]), whole)
     assert len(last) == round(len(whole) / 10)
@@ -337,12 +352,12 @@ def test_text_that_is_not_there_or_too_short_is_named(texts, tmp_path):
         data.load("text", "test", data_dir=root, sequence=128)
     with pytest.raises(ValueError, match="`sequence` must be at least 1, got 0"):
         data.load("text", "train", data_dir=root, sequence=0)
-    with pytest.raises(ValueError, match=r"Unknown split 'validation'. Should be one of \['train', 'test'\]"):
-        data.load("text", "validation", data_dir=root)
+    with pytest.raises(ValueError, match=r"Unknown split 'dev'. Should be one of \['train', 'validation', 'test'\]"):
+        data.load("text", "dev", data_dir=root)
 
 
 def text_batches(root, num_workers, num_steps=12, **kwargs):
-    dataset = data.load("text", "train", data_dir=root, sequence=8)
+    dataset = data.load("text", "train+validation", data_dir=root, sequence=8)
     batches = data.train_batches(dataset, batch_size=16, num_workers=num_workers, seed=0, augment=False, **kwargs)
     steps = [next(batches) for _ in range(num_steps)]  # of 112 examples: an epoch is 7 steps
     return {key: np.stack([step[key] for step in steps]) for key in ("image", "label")}
@@ -359,7 +374,7 @@ def test_text_is_the_same_stream_for_every_number_of_workers_and_processes(texts
         assert stacked.shape == (12, num_workers, 16 // num_workers, 8)
         np.testing.assert_array_equal(stacked.reshape(one[key].shape), one[key])
     np.testing.assert_array_equal(one["image"][..., 1:], one["label"][..., :-1])
-    every = sorted(map(bytes, data.load("text", "train", data_dir=texts[0], sequence=8).source.image))
+    every = sorted(map(bytes, data.load("text", "train+validation", data_dir=texts[0], sequence=8).source.image))
     assert sorted(map(bytes, one["image"][:7].reshape(-1, 8))) == every
 
 

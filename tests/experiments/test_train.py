@@ -391,6 +391,8 @@ def test_an_earlier_run_is_not_written_over(config, tmp_path):
         (dict(inner__tensor=0), "`config.inner.tensor` must be at least 1, got 0"),
         (dict(crossover__wire="int4"), "`config.crossover.wire` must be one of float32, .*, got 'int4'"),
         (dict(crossover__cut="columns"), "`config.crossover.cut` must be one of size, rows, got 'columns'"),
+        (dict(clip_norm=0.0), "`config.clip_norm` must be None or positive, got 0.0"),
+        (dict(schedule__cosine__end=1.5), "`config.schedule.cosine.end` must be from 0 to 1, got 1.5"),
         (dict(crossover__rounds=0), "`config.crossover.rounds` must be at least 1, got 0"),
         (dict(crossover__renew_every=0), "`config.crossover.renew_every` must be None or at least 1, got 0"),
         (dict(on_nan="rollback"), "`config.checkpoint.every` must be a number with --config.on_nan=rollback, got None"),
