@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
     where = program.place_workers(config, jax.devices())
     setup = program.make_program(config, train_set, where, 10_000)
     state = cj.copies(setup.init, where, specs=setup.specs)
-    batches = map(setup.place_batch, program.train_batches(config, train_set, setup.batch_part))
+    single = program.train_batches(config, train_set, setup.batch_part)
+    batches = (setup.place_batch([batch]) for batch in single)
     step, seconds, kinds = 0, {True: [], False: []}, itertools.cycle([True, False, False, True])
     with tempfile.TemporaryDirectory() as folder:
         saves = Checkpoints(pathlib.Path(folder), config.checkpoint.keep)

@@ -156,7 +156,7 @@ def make_library_loop(config: ml_collections.ConfigDict) -> Loop:
     where = program.place_workers(config, jax.devices()[:1])
     setup = program.make_program(config, dataset, where, 1000)
     batch = make_batch(dataset, config.batch_size)
-    placed = setup.place_batch({k: x.reshape(config.num_workers, -1, *x.shape[1:]) for k, x in batch.items()})
+    placed = setup.place_batch([{k: x.reshape(config.num_workers, -1, *x.shape[1:]) for k, x in batch.items()}])
     return Loop(lambda state, t: setup.step(state, placed, setup.place_step(t)), cj.copies(setup.init, where))
 
 

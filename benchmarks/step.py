@@ -88,7 +88,7 @@ class Run:
     """A compiled step with its state and its batch in place."""
 
     def __init__(self, setup: program.Program, where: Any, batch: Any):
-        self._batch, self._place = setup.place_batch(batch), setup.place_step
+        self._batch, self._place = setup.place_batch([batch]), setup.place_step
         self._state = cj.copies(setup.init, where, specs=setup.specs)
         self._step = setup.step.lower(self._state, self._batch, self._place(0)).compile()
         memory = self._step.memory_analysis()

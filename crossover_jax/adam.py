@@ -16,7 +16,8 @@ class ScaleByGossipAdamState(NamedTuple):
     count: jax.Array  # shape=(), dtype=int32
     mu: PyTree
     nu: PyTree
-    signal: PyTree  # Σ q of each leaf, shape=(), dtype=float32
+    signal: PyTree  # Σ EMA(q) of each leaf, shape=(), dtype=float32
+    last: PyTree  # the gradient before
 
 
 def gossip_adamw(
@@ -53,14 +54,15 @@ def scale_by_gossip_adam(
     averages out, so that E[ḡ²] = v / n + (1 − 1/n) μ², v = E[g²]. Plain Adam under gossip divides by √v instead: where
     noise is most of v its steps are up to √n too short, unevenly over the layers. Of each leaf
 
-        q_t = g_t · m̂_(t−1),   r = clip(Σ EMA(q) / Σ EMA(g²), 0, 1),   v' = EMA(g²) (1/n + (1 − 1/n) r).
+        q_t = g_t · g_(t−1),   r = clip(Σ EMA(q) / Σ EMA(g²), 0, 1),   v' = EMA(g²) (1/n + (1 − 1/n) r).
 
-    The momentum m̂ of before holds nothing of the noise of g_t, so E[q] = μ² while μ changes slowly. Sums over the whole
-    leaf, because clipping a noisy number at 0 biases it upwards. One float32 per leaf is kept, the averages of q with
-    the same b2 as v. At the first step v' = v.
+    Two batches have nothing in common but μ, so E[q] = μ² while μ hardly changes from one step to the next. Sums are
+    over the whole leaf, because clipping a noisy number at 0 biases it upwards. EMA(q) has the b2 of EMA(g²) and began
+    one step later; at the first step v' = v. The gradient before is kept, a third model beside the two of Adam.
 
-    It is wrong where the gradients of workers differ by more than the noise of a batch: private data. Gradients clipped
-    by each worker give the moment of the average of clipped gradients. With one worker this is `optax.scale_by_adam`.
+    It is wrong where the gradients of workers differ by more than the noise of a batch (private data), and where μ
+    changes its sign from step to step: there r is 0, and steps are √n too long. Gradients clipped by each worker give
+    the moment of an average of clipped gradients. With one worker this is `optax.scale_by_adam`.
 
     Raises `ValueError` for `num_workers` below 1.
 
@@ -78,19 +80,18 @@ def scale_by_gossip_adam(
         return optax.scale_by_adam(b1, b2, eps)
 
     def init(params: PyTree) -> ScaleByGossipAdamState:
-        mu, nu = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+        mu, nu, last = (optax.tree.zeros_like(params) for _ in range(3))
         signal = jax.tree.map(lambda x: jnp.zeros((), jnp.float32), params)
-        return ScaleByGossipAdamState(jnp.zeros((), jnp.int32), mu, nu, signal)
+        return ScaleByGossipAdamState(jnp.zeros((), jnp.int32), mu, nu, signal, last)
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, ScaleByGossipAdamState]:
         del params
         before, count = state.count, jnp.asarray(optax.safe_increment(state.count))
-        known = 1 - b1 ** jnp.maximum(before, 1)  # of m̂, the part of all weights that were given
         signal = jax.tree.map(
-            lambda s, g, m: b2 * s + (1 - b2) * jnp.sum(g * m, dtype=jnp.float32) / known,
+            lambda s, g, last: b2 * s + (1 - b2) * jnp.sum(g * last, dtype=jnp.float32),
             state.signal,
             updates,
-            state.mu,
+            state.last,
         )
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
@@ -102,6 +103,6 @@ def scale_by_gossip_adam(
             r = jnp.where(before == 0, 1.0, r)
             return m / (jnp.sqrt(v * (1 / num_workers + (1 - 1 / num_workers) * r).astype(v.dtype)) + eps)
 
-        return jax.tree.map(step, m_hat, v_hat, signal), ScaleByGossipAdamState(count, mu, nu, signal)
+        return jax.tree.map(step, m_hat, v_hat, signal), ScaleByGossipAdamState(count, mu, nu, signal, updates)
 
     return optax.GradientTransformation(init, update)

@@ -101,6 +101,49 @@ def _crossover_paper(
     return cj.crossover_sgd_paper(optimizer, num_workers, cut, specs=specs, **own)
 
 
+def _outer(
+    optimizer: optax.GradientTransformation,
+    num_workers: int,
+    params: PyTree,
+    specs: PyTree,
+    *,
+    mix: str,
+    every: int,
+    learning_rate: float,
+    momentum: float,
+    nesterov: bool,
+    overlap: bool,
+    stream: bool,
+    wire: str | None,
+    rounds: int,
+    seed: int,
+) -> cj.Algorithm:
+    del params
+    outer_optimizer = optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov)
+    if mix == "average":
+        if changed := [name for name, on in (("stream", stream), ("wire", wire), ("rounds", rounds > 1)) if on]:
+            raise ValueError(
+                f"`config.outer.{changed[0]}` must stay at its default where `config.outer.mix` is 'average', which "
+                "sends the whole model by an all-reduce."
+            )
+        exchange = cj.average(specs=specs)
+    elif stream:
+        if rounds > 1:
+            raise ValueError(f"`config.outer.rounds` must be 1 with `config.outer.stream`, got {rounds}.")
+        pool = topology.latin(num_workers, topology.advised_pool_size(num_workers), seed)
+        exchange = cj.crossover(
+            num_workers,
+            pool=pool,
+            cut=cj.by_size(every),
+            table=topology.stream(every, pool.num_rounds, every, seed=seed),
+            wire=wire,
+            specs=specs,
+        )
+    else:
+        exchange = cj.repeat(rounds, cj.crossover(num_workers, wire=wire, seed=seed, specs=specs))
+    return cj.outer(optimizer, outer_optimizer, exchange, 1 if stream else every, overlap=overlap)
+
+
 # name -> (optimizer, number of workers, one worker's parameters, their specs, the keys of its group) -> Algorithm
 ALGORITHMS: dict[str, Callable[..., cj.Algorithm]] = {
     "alone": lambda optimizer, n, params, specs: cj.mix_after(optimizer, cj.chain()),  # nobody hears anybody
@@ -111,4 +154,5 @@ ALGORITHMS: dict[str, Callable[..., cj.Algorithm]] = {
     "crossover": _crossover,
     "crossover_phases": _crossover_phases,
     "crossover_paper": _crossover_paper,
+    "outer": _outer,
 }

@@ -10,6 +10,8 @@ import ml_collections
 import optax
 from jax import lax
 
+import crossover_jax as cj
+
 PyTree = Any
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 Mask = Callable[[PyTree], PyTree]  # params -> which leaves have a trust ratio and weight decay
@@ -36,7 +38,10 @@ def make_optimizer(
             return learning_rate * shape(step)
 
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    return optax.chain(*clip, OPTIMIZERS[config.optimizer](rate, scheduled, **config[config.optimizer]), note_finite())
+    own = dict(config[config.optimizer])
+    if config.optimizer == "gossip_adamw":
+        own["num_workers"] = config.num_workers
+    return optax.chain(*clip, OPTIMIZERS[config.optimizer](rate, scheduled, **own), note_finite())
 
 
 class FiniteState(NamedTuple):
@@ -104,8 +109,18 @@ def _adamw(rate, scheduled, **own):
     return optax.adamw(rate, mask=matrices, **own)
 
 
+def _gossip_adamw(rate, scheduled, **own):
+    del scheduled
+    return cj.gossip_adamw(rate, mask=matrices, **own)
+
+
 # name -> (learning rate, peak -> schedule of that peak, the keys of its group) -> GradientTransformation
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": _sgd, "lars": _lars, "adamw": _adamw}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": _sgd,
+    "lars": _lars,
+    "adamw": _adamw,
+    "gossip_adamw": _gossip_adamw,
+}
 DECAYS = ("cosine", "polynomial")
 
 

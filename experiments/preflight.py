@@ -34,9 +34,8 @@ import crossover_jax as cj
 from experiments import data, flags, report
 from experiments.algorithms import make_algorithm
 from experiments.compiled import collectives, traffic
-from experiments.evaluate import batch_axes
 from experiments.operations import operations
-from experiments.program import Program, make_program, place_workers
+from experiments.program import Program, batch_spec, make_program, place_workers
 from experiments.settings import check_settings
 
 PyTree = Any
@@ -68,7 +67,9 @@ def preflight(config: ml_collections.ConfigDict, devices: list[jax.Device], *, e
     assert program.specs is not None
     state = cj.abstract_copies(program.shapes, mesh, specs=program.specs)
     batch = data.batch_shapes(dataset, config.batch_size // config.num_workers)
-    batch = cj.abstract_copies(batch, mesh, specs=P(batch_axes(mesh)))
+    if config.period > 1:
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.period, *x.shape), x.dtype), batch)
+    batch = cj.abstract_copies(batch, mesh, specs=batch_spec(mesh, config.period))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     found = {
         "devices": len(devices),

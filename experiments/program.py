@@ -33,9 +33,9 @@ class Program(NamedTuple):
     init: Callable[[], TrainState]  # one worker's first state
     shapes: TrainState  # of one worker's state
     specs: TrainState | None  # how it lies inside a worker; None where workers are simulated
-    step: jax.stages.Wrapped  # all workers' (state, batch, step) -> (state, metrics)
+    step: jax.stages.Wrapped  # all workers' (state, batch, step) -> (state, metrics), of `config.period` steps
     batch_part: Callable[[tuple[int, int]], tuple[slice, slice]]  # of [workers, per worker], this process's
-    place_batch: Callable[[PyTree], PyTree]
+    place_batch: Callable[[Sequence[PyTree]], PyTree]  # of the steps of a period
     place_step: Callable[[int], jax.Array]
 
     def predict(self, params: PyTree, model_state: PyTree, image: jax.Array) -> jax.Array:
@@ -81,13 +81,21 @@ def make_program(
         specs = TrainState(of_params, P(), cj.state_specs(shapes.algorithm, params, of_params))
     apply = make_apply(graphdef, dataset)
     loss = partial(loss_fn, apply, label_smoothing=config.label_smoothing)
-    step = make_train_step(loss, algorithm, workers, seed=seed, micro_batches=config.micro_batches, specs=specs)
+    step = make_train_step(
+        loss,
+        algorithm,
+        workers,
+        seed=seed,
+        micro_batches=config.micro_batches,
+        specs=specs,
+        period=config.period,
+    )
     names, _, _ = flatten(params)
 
     def init() -> TrainState:
         return init_state(*build(), algorithm)
 
-    return Program(algorithm, apply, names, init, shapes, specs, step, *placements(workers))
+    return Program(algorithm, apply, names, init, shapes, specs, step, *placements(workers, config.period))
 
 
 def param_specs(
@@ -106,8 +114,15 @@ def param_specs(
 
 
 def steps_of(config: ml_collections.ConfigDict, dataset: data.Dataset) -> int:
-    """How many steps a run has: `config.steps`, or those of `config.epochs`."""
-    return config.steps or max(1, round(config.epochs * (len(dataset) / config.batch_size)))
+    """How many steps a run has: `config.steps`, or the whole periods of `config.epochs`.
+
+    Raises `ValueError` for steps that are no whole periods.
+    """
+    if config.steps is None:
+        return config.period * max(1, round(config.epochs * (len(dataset) / config.batch_size) / config.period))
+    if config.steps % config.period:
+        raise ValueError(f"`config.steps` must be a multiple of `config.period` = {config.period}, got {config.steps}.")
+    return config.steps
 
 
 def tokens_per_example(config: ml_collections.ConfigDict) -> int | None:
@@ -179,20 +194,31 @@ def place_workers(config: ml_collections.ConfigDict, devices: Sequence[jax.Devic
     return cj.make_mesh(config.num_workers, {k: v for k, v in inner.items() if v > 1}, devices=devices)
 
 
-def placements(workers: Mesh | int) -> tuple[Callable, Callable, Callable]:
-    """Which part of `[workers, per worker]` this process reads, and what puts a batch and the step in place."""
+def placements(workers: Mesh | int, period: int = 1) -> tuple[Callable, Callable, Callable]:
+    """Which part of `[workers, per worker]` this process reads, and what puts batches and the step in place."""
+
+    def together(batches: Sequence[PyTree]) -> PyTree:
+        if period == 1:
+            return batches[0]
+        return jax.tree.map(lambda *x: np.stack(x, 1), *batches)  # [workers, period, per worker, ...]
+
     if isinstance(workers, int):
         return (
             lambda shape: (slice(0, shape[0]), slice(0, shape[1])),
-            jax.device_put,
+            lambda batches: jax.device_put(together(batches)),
             lambda t: jax.device_put(np.int32(t)),
         )
     spec, everywhere = P(batch_axes(workers)), NamedSharding(workers, P())
     return (
         partial(cj.local_part, workers=workers, spec=spec),
-        partial(cj.from_local, workers=workers, spec=spec),
+        lambda batches: cj.from_local(together(batches), workers=workers, spec=batch_spec(workers, period)),
         lambda t: processes.place(np.int32(t), everywhere),
     )
+
+
+def batch_spec(mesh: Mesh, period: int) -> P:
+    """How the batches of a period, one worker's `[period, per worker, ...]`, lie on its devices; of one step alone."""
+    return P(batch_axes(mesh)) if period == 1 else P(None, batch_axes(mesh))
 
 
 def make_apply(graphdef: Any, dataset: data.Dataset) -> Callable:
@@ -246,7 +272,9 @@ def wire_bytes_per_step(algorithm: cj.Algorithm, params: PyTree, config: ml_coll
     """
     state = jax.eval_shape(algorithm.init, params)
     own = own_keys(config)
-    num_steps = max(8 * own.get("local_steps", 1), own.get("renew_every") or 0)
+    # Between two exchanges nothing travels, and the reference of `renew_every` is renewed after so many steps.
+    period = 1 if own.get("stream") else own.get("local_steps") or own.get("every") or 1
+    last_steps = range(period - 1, max(8 * period, own.get("renew_every") or 0), period)
 
     def sent(step: int) -> float:
         def update(params, state):
@@ -254,4 +282,4 @@ def wire_bytes_per_step(algorithm: cj.Algorithm, params: PyTree, config: ml_coll
 
         return wire_bytes(update, params, state, num_workers=config.num_workers)
 
-    return sum(map(sent, range(num_steps))) / num_steps
+    return sum(map(sent, last_steps)) / (period * len(last_steps))

@@ -109,9 +109,9 @@ class Log:
         )
         self._last = time.perf_counter()
 
-    def tick(self) -> None:
-        """Count a step."""
-        self._bar.update()
+    def tick(self, steps: int = 1) -> None:
+        """Count steps."""
+        self._bar.update(steps)
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """Take the metrics of the steps since the last time, `[steps, workers]`, into the next row."""

@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from crossover_jax import Algorithm, per_worker
+from crossover_jax import period as period_of
 from experiments import processes
 from experiments.optimizers import FiniteState
 
@@ -101,8 +102,11 @@ def make_train_step(
     seed: int | jax.Array = 0,
     micro_batches: int = 1,
     specs: TrainState | None = None,
+    period: int = 1,
 ) -> jax.stages.Wrapped:
     """All workers' `(state, batch, step) -> (state, metrics)`, jitted; metrics stay per worker, `[workers]`.
+
+    With a `period` it makes so many steps from `step` on, of batches and to metrics `[workers, period, ...]`.
 
     `state` and `batch` have a leading axis of workers, `step` is one replicated integer; `state` is donated. `workers`
     is a mesh or the number of workers to simulate on one device; `specs` is how the state lies inside a worker.
@@ -110,7 +114,8 @@ def make_train_step(
     step = partial(
         train_step, loss_fn=loss_fn, algorithm=algorithm, seed=seed, micro_batches=micro_batches, specs=specs
     )
-    return per_worker(step, workers, replicated=(2,), out_specs=(specs, None))
+    whole = step if period == 1 else period_of(step, period)
+    return per_worker(whole, workers, replicated=(2,), out_specs=(specs, None))
 
 
 class Diverged(Exception):
@@ -126,8 +131,10 @@ def fetch(
     of a gradient, the first of its leaves.
     """
     fetched = processes.fetch(metrics)
-    stacked = {name: np.stack([row[name] for row in fetched]) for name in fetched[0]}
-    for i in range(len(fetched)):
+    # Of a step `[workers]`, of a period `[workers, steps]`.
+    by_step = [{name: x.reshape(len(x), -1).T for name, x in row.items()} for row in fetched]
+    stacked = {name: np.concatenate([row[name] for row in by_step]) for name in by_step[0]}
+    for i in range(len(next(iter(stacked.values())))):
         for name, values in stacked.items():
             wrong = np.flatnonzero(~np.isfinite(values[i]))
             if wrong.size:

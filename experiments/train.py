@@ -84,6 +84,11 @@ def train(
                 f"`config.steps` must be at least the {start.step} that the run in `workdir` has behind it, got "
                 f"{job.num_steps}."
             )
+        if start.step % config.period:
+            raise ValueError(
+                f"`config.period` must divide the {start.step} steps that the run in `workdir` has behind it, got "
+                f"{config.period}."
+            )
         setup = time.perf_counter() - began
         many = f"{jax.process_count()} processes, {jax.device_count()} devices, " if jax.process_count() > 1 else ""
         behind = f" behind step {start.step}" if start.step else ""
@@ -136,7 +141,8 @@ def set_up(
     provenance = {**versions(), **fields, "devices of each process": device_counts()}
 
     def batches(first_step: int, rollbacks: int) -> Iterator[PyTree]:
-        return map(program.place_batch, train_batches(config, train_set, program.batch_part, first_step, rollbacks))
+        single = train_batches(config, train_set, program.batch_part, first_step, rollbacks)
+        return map(program.place_batch, iter(lambda: list(itertools.islice(single, config.period)), []))
 
     def evaluate(step: int, state: TrainState) -> report.Row:
         row = evaluate_on(step, state, data.eval_batches(eval_set, batch_size=config.eval_batch_size))
@@ -189,19 +195,20 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
                 save(0)  # before the first row: metrics without a checkpoint belong to no config
                 saves.wait()
             unread: list[PyTree] = []
-            batches = itertools.islice(job.batches(start.step, start.rollbacks), job.num_steps - start.step)
-            for step, batch in enumerate(batches, start=start.step + 1):
-                state, metrics = job.step(state, batch, program.place_step(step - 1))
-                # One step late: the device has the next to work on, and no more than two batches wait on it.
+            period = config.period
+            ends_of_periods = range(start.step + period, job.num_steps + 1, period)
+            for step, batch in zip(ends_of_periods, job.batches(start.step, start.rollbacks), strict=False):
+                state, metrics = job.step(state, batch, program.place_step(step - period))
+                # One period late: the device has the next to work on, and batches of no more than two wait on it.
                 jax.block_until_ready(unread[-1:])
                 unread.append(metrics)
-                log.tick()
+                log.tick(period)
                 ends = preemption.reached(step)
-                evaluates = step == job.num_steps or is_due(step, config.eval_every * job.steps_per_epoch)
-                has_row = evaluates or step % config.log_every == 0
-                is_saved = ends or step == job.num_steps or (every and step % every == 0)
+                evaluates = step == job.num_steps or is_due(step, config.eval_every * job.steps_per_epoch, period)
+                has_row = evaluates or is_due(step, config.log_every, period)
+                is_saved = ends or step == job.num_steps or (every and is_due(step, every, period))
                 if has_row or is_saved:
-                    log.add(fetch(step - len(unread) + 1, unread, program.leaves))
+                    log.add(fetch(step - period * len(unread) + 1, unread, program.leaves))
                     unread = []
                 if has_row:
                     row = log.row(step, partial(job.evaluate, step, state) if evaluates else None)
@@ -226,13 +233,13 @@ def left(saves: Checkpoints | None, step: int) -> str:
     return f"the same command goes on from step {saves.last}, that of step {step} could not be saved."
 
 
-def is_due(step: int, every: float) -> bool:
-    """Whether `step` is the first at or behind a multiple of `every`.
+def is_due(step: int, every: float, period: int = 1) -> bool:
+    """Whether `step`, the last of a period, is the first such at or behind a multiple of `every`.
 
     >>> [step for step in range(1, 8) if is_due(step, 2.5)]
     [3, 5]
     """
-    return step // every > (step - 1) // every
+    return step // every > (step - period) // every
 
 
 def results(config: ml_collections.ConfigDict, log: report.Log, setup: float) -> dict[str, str]:

@@ -44,7 +44,7 @@ def test_it_is_the_docstrings_equation():
     signal = 0.0
     for t, g in enumerate(gradients):
         if t:
-            signal = b2 * signal + (1 - b2) * np.sum(g * m / (1 - b1**t))
+            signal = b2 * signal + (1 - b2) * np.sum(g * gradients[t - 1])
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         m_hat, v_hat = m / (1 - b1 ** (t + 1)), v / (1 - b2 ** (t + 1))
         r = np.clip(signal / (1 - b2**t) / v_hat.sum(), 0, 1) if t else 1.0
@@ -119,6 +119,13 @@ def test_clipping_noise_at_zero_biases_each_element_upwards_and_hardly_a_leaf():
     each = 1 / n + (1 - 1 / n) * np.clip(q, 0, 1).mean()
     assert each * n == pytest.approx(1 + 0.4 * (n - 1) * np.sqrt((1 - beta) / (1 + beta)), rel=0.03)
     assert second_moment(cj.scale_by_gossip_adam(n, b2=beta, eps=0.0), noisy(0.0, workers=1)[0]).mean() * n < 1.06
+
+
+def test_a_gradient_that_flips_its_sign_at_every_step_is_taken_for_noise():
+    """At the edge of stability: as the docstring says, v' is v / n, and steps are √n too long."""
+    flipping = np.tile(np.float32([[1.0], [-1.0]]), (100, 50))
+    plain, ours = (run(cj.scale_by_gossip_adam(n, b2=0.99, eps=0.0), flipping)[1][-1] for n in (1, 16))
+    np.testing.assert_allclose(ours / plain, 4, rtol=1e-3)
 
 
 def test_private_data_is_no_noise_that_averages_out():

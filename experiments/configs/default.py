@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.inner.tensor = 1  # for models that say how to split their layers (decoder)
 
     config.batch_size = 256  # of all workers together
+    config.period = 1  # steps of one program, at whose end rows, evaluations, checkpoints and SIGTERM have their turn
     config.micro_batches = 1  # the paper's communication interval: parts of a batch whose gradients are accumulated
     config.label_smoothing = 0.0  # shared evenly by the other classes
     config.epochs = 10.0
@@ -73,7 +74,7 @@ def add_schedule(config: ml_collections.ConfigDict) -> None:
 
 def add_optimizers(config: ml_collections.ConfigDict) -> None:
     """Weight decay is of matrices and filters only."""
-    config.optimizer = "sgd"  # or "lars", "adamw"
+    config.optimizer = "sgd"  # or "lars", "adamw", "gossip_adamw"
     config.clip_norm = placeholder(float)  # the longest gradient, a worker's own or "allreduce"'s average; None: any
 
     config.sgd = ml_collections.ConfigDict()
@@ -94,10 +95,15 @@ def add_optimizers(config: ml_collections.ConfigDict) -> None:
     config.adamw.nesterov = False
     config.adamw.weight_decay = 5e-4
 
+    config.gossip_adamw = ml_collections.ConfigDict()  # with the second moment of the average gradient
+    config.gossip_adamw.b1 = 0.9
+    config.gossip_adamw.b2 = 0.99
+    config.gossip_adamw.weight_decay = 5e-4
+
 
 def add_algorithms(config: ml_collections.ConfigDict) -> None:
     """Of "alone", "allreduce" and "d_psgd" there is nothing to choose."""
-    config.algorithm = "crossover"  # or "alone", "allreduce", "d_psgd" and those below
+    config.algorithm = "crossover"  # or "alone", "allreduce", "d_psgd" and those below, "outer" among them
 
     config.crossover = ml_collections.ConfigDict()
     config.crossover.pool = "latin"  # or "balanced", "derangements"
@@ -105,7 +111,7 @@ def add_algorithms(config: ml_collections.ConfigDict) -> None:
     config.crossover.cut = "size"  # or "rows": of every large leaf
     config.crossover.segments = placeholder(int)  # equal parts of the model; None: as many as rounds, of rows 8
     config.crossover.seed = 0  # of pool and table
-    config.crossover.wire = placeholder(str)  # "bfloat16", "float16", "int8": what messages say; None: all of a value
+    config.crossover.wire = placeholder(str)  # "bfloat16", "float16", "int8", "int4" in messages; None: as they are
     config.crossover.in_flight = placeholder(int)  # messages under way at once; None: all
     config.crossover.local_steps = 1  # optimizer steps between two exchanges
     config.crossover.rounds = 1  # of each exchange
@@ -127,3 +133,16 @@ def add_algorithms(config: ml_collections.ConfigDict) -> None:
 
     config.sgp = ml_collections.ConfigDict()
     config.sgp.peers = 1  # messages per round
+
+    # DiLoCo and its kin: after each `every` steps an outer step of SGD with momentum on what they have changed.
+    config.outer = ml_collections.ConfigDict()
+    config.outer.mix = "crossover"  # or "average": DiLoCo
+    config.outer.every = 16  # inner steps
+    config.outer.learning_rate = 0.7
+    config.outer.momentum = 0.5
+    config.outer.nesterov = True
+    config.outer.overlap = False  # the exchange is of what the inner steps began with, and can hide behind them
+    config.outer.stream = False  # one of `every` segments takes its outer step at each step
+    config.outer.wire = placeholder(str)
+    config.outer.rounds = 1
+    config.outer.seed = 0

@@ -134,7 +134,7 @@ def groups_of(study: Study, runs: Sequence[Run]) -> Iterator[list[Run]]:
 def run_config(study: Study, run: Run) -> ml_collections.ConfigDict:
     """What a run trains with, but for its seed and learning rate. Raises `KeyError` for an unknown key."""
     config = study.config.copy_and_resolve_references()
-    config.simulate = "yes"
+    config.simulate, config.period = "yes", 1
     config.update_from_flattened_dict(dict(study.arms[run.arm].overrides))
     if run.stage == TUNING:
         config.dataset.train_split, config.dataset.eval_split = f"train[:-{HELD_OUT}]", f"train[-{HELD_OUT}:]"

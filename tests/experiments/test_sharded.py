@@ -54,7 +54,7 @@ def run(program, mesh):
     state = cj.copies(program.init, mesh, specs=program.specs)
     metrics = []
     for t, batch in enumerate(batches()):
-        state, of_step = program.step(state, program.place_batch(batch), program.place_step(t))
+        state, of_step = program.step(state, program.place_batch([batch]), program.place_step(t))
         metrics.append(jax.device_get(of_step))
     assert program.step._cache_size() == 1
     return state, metrics
@@ -87,7 +87,7 @@ def test_sharding_inside_a_worker_does_not_change_the_training(algorithm, inside
 def test_one_model_leaves_a_worker_in_a_round_and_nothing_is_gathered_between_workers(inside):
     program, mesh = make("crossover", *INSIDE[inside], devices=4 * WORKERS)
     shapes = cj.copies(program.init, mesh, specs=program.specs)
-    batch = program.place_batch(next(batches()))
+    batch = program.place_batch([next(batches())])
     rows = traffic(program.step.lower(shapes, batch, program.place_step(0)).compile().as_text(), mesh)
     between = [row for row in rows if "worker" in row.axes]
     assert {row.operation for row in between} == {"collective-permute"}

@@ -224,7 +224,7 @@ def test_a_step_is_waited_for_while_the_next_runs_and_metrics_are_read_for_rows_
 
 def test_a_hidden_transfer_in_the_loop_is_an_error(config, tmp_path, monkeypatch):
     part, place_batch, _ = program.placements(N)
-    monkeypatch.setattr(program, "placements", lambda workers: (part, place_batch, lambda step: step))
+    monkeypatch.setattr(program, "placements", lambda workers, period: (part, place_batch, lambda step: step))
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train.train(config, tmp_path)
 
