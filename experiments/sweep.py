@@ -10,6 +10,7 @@ that differ only in seed and learning rate share a compiled program, which train
 """
 
 import argparse
+import math
 import pathlib
 import sys
 import time
@@ -48,7 +49,7 @@ PyTree = Any
 Row = dict[str, Any]
 COLUMNS = (
     *KEY,
-    *("step", "epoch", "train_loss", "accuracy", "loss", "workers_accuracy", "workers_accuracy_min"),
+    *("step", "epoch", "train_loss", "accuracy", "loss", "bits_per_byte", "workers_accuracy", "workers_accuracy_min"),
     *("consensus_distance", "wire_bytes_per_step", "seconds", "code"),
 )
 
@@ -199,6 +200,8 @@ def run_row(trainer: Trainer, run: Run, step: int, state: PyTree, loss: float) -
         "loss": round(found["eval/mean/loss"], 5),
         "consensus_distance": f"{found['consensus_distance']:.3g}",
     }
+    if trainer.config.dataset.name == "text":
+        row["bits_per_byte"] = round(found["eval/mean/loss"] / math.log(2), 5)
     for name in ("workers_accuracy", "workers_accuracy_min"):
         if (value := found.get(f"eval/{name.replace('_', '/', 1)}")) is not None:
             row[name] = round(100 * value, 3)
@@ -210,18 +213,21 @@ def run_row(trainer: Trainer, run: Run, step: int, state: PyTree, loss: float) -
 
 def line_of(row: Row) -> str:
     what = f"{row['arm']:28} {row['stage']:6} lr {row['learning_rate']:<7g} seed {row['seed']:<5}"
-    return f"{what} accuracy {row.get('accuracy', 'none')}  {row['seconds']} s"
+    shown = f"bits per byte {row['bits_per_byte']}" if "bits_per_byte" in row else f"accuracy {row.get('accuracy')}"
+    return f"{what} {shown}  {row['seconds']} s"
 
 
 def summary(study: Study, rows: Sequence[Row]) -> str:
-    """A line per arm: its learning rate, and the mean of its final accuracies."""
+    """A line per arm: its learning rate, and the mean of its final accuracies, of text of its bits per byte."""
     lines = []
     for name in study.arms:
         final = {row["seed"]: row for row in rows if (row["arm"], row["stage"]) == (name, FINAL)}
-        found = [row.get("accuracy") or 0.0 for row in final.values()]
-        rate = next(iter(final.values()))["learning_rate"]
+        of_text = study.config.dataset.name == "text"
+        found = [row.get("bits_per_byte" if of_text else "accuracy") or np.nan for row in final.values()]
+        rate, deviation = next(iter(final.values()))["learning_rate"], np.std(found, ddof=1) if len(found) > 1 else 0.0
+        digits = 4 if of_text else 2
         lines.append(
-            f"{name:28} lr {rate:<7g} {np.mean(found):.2f} ± {np.std(found, ddof=1):.2f} of {len(found)} seeds"
+            f"{name:28} lr {rate:<7g} {np.mean(found):.{digits}f} ± {deviation:.{digits}f} of {len(found)} seeds"
         )
     return "\n".join(lines)
 

@@ -1,9 +1,10 @@
 """What a study compares, and which of its runs are missing.
 
 A study compares arms: overrides of one config by name. First each arm is tuned: the same learning rates, the same few
-seeds, trained on a part of the training set and judged by the averaged model's accuracy on the rest. Where the best of
-an arm is at an end of the grid, all arms of its problem get another learning rate beyond it. Then each arm is trained
-with its best on the whole training set, over the study's seeds, and the test set is read once, at the end.
+seeds, trained on a part of the training set and judged by the averaged model on the rest: by its accuracy, of text by
+its bits per byte. Where the best of an arm is at an end of the grid, all arms of its problem get another learning rate
+beyond it. Then each arm is trained with its best on the whole training set, over the study's seeds, and the test set is
+read once, at the end. Of text training is always on "train"; arms are tuned on "validation" and read on "test".
 """
 
 import importlib.util
@@ -96,7 +97,7 @@ def grid_of(study: Study, rows: Sequence[Row], problem: str) -> list[float]:
     """The learning rates of a problem, so far: wider than the study's where an arm was best at an end."""
     grid = list(study.learning_rates)
     names = [name for name, arm in study.arms.items() if arm.problem == problem and arm.rate_of is None]
-    means = {name: tuning_accuracies(rows, name) for name in names}
+    means = {name: tuning_scores(rows, name) for name in names}
     for _ in range(2 * WIDER):
         whole = [means[name] for name in names if all(rate in means[name] for rate in grid)]
         best = [max(grid, key=of_rate.__getitem__) for of_rate in whole]
@@ -107,17 +108,23 @@ def grid_of(study: Study, rows: Sequence[Row], problem: str) -> list[float]:
     return grid
 
 
-def tuning_accuracies(rows: Sequence[Row], arm: str) -> dict[float, float]:
-    """Mean accuracy over the tuning seeds by learning rate; a run that diverged counts as none right."""
+def tuning_scores(rows: Sequence[Row], arm: str) -> dict[float, float]:
+    """How good an arm is by learning rate, the more the better: accuracy, of text minus bits per byte.
+
+    Means over the tuning seeds. A run that diverged counts as none right, of text as infinitely bad.
+    """
+    of_text = any(row.get("bits_per_byte") for row in rows)
     found: dict[float, dict[int, float]] = {}
     for row in rows:  # the last row of a run stays
         if (row["arm"], row["stage"]) == (arm, TUNING):
-            found.setdefault(row["learning_rate"], {})[row["seed"]] = row.get("accuracy") or 0.0
+            found.setdefault(row["learning_rate"], {})[row["seed"]] = (
+                -(row.get("bits_per_byte") or np.inf) if of_text else row.get("accuracy") or 0.0
+            )
     return {rate: float(np.mean(list(of_seeds.values()))) for rate, of_seeds in found.items()}
 
 
 def best_rate(rows: Sequence[Row], arm: str) -> float:
-    means = tuning_accuracies(rows, arm)
+    means = tuning_scores(rows, arm)
     return max(means, key=means.__getitem__)
 
 
@@ -136,7 +143,9 @@ def run_config(study: Study, run: Run) -> ml_collections.ConfigDict:
     config = study.config.copy_and_resolve_references()
     config.simulate, config.period = "yes", 1
     config.update_from_flattened_dict(dict(study.arms[run.arm].overrides))
-    if run.stage == TUNING:
+    if run.stage == TUNING and config.dataset.name == "text":  # `eval_split` is of "test"
+        config.dataset.eval_split = config.dataset.eval_split.replace("test", "validation")
+    elif run.stage == TUNING:
         config.dataset.train_split, config.dataset.eval_split = f"train[:-{HELD_OUT}]", f"train[-{HELD_OUT}:]"
     return config
 

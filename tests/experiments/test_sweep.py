@@ -17,7 +17,7 @@ from experiments.studies.study import (
     groups_of,
     missing_runs,
     run_config,
-    tuning_accuracies,
+    tuning_scores,
 )
 
 STEPS = 6
@@ -89,7 +89,17 @@ def test_a_run_that_diverged_counts_as_nothing_right(study):
     rows = [
         {"arm": "a", "stage": TUNING, "learning_rate": 0.1, "seed": s, "accuracy": x} for s, x in ((0, 80), (1, ""))
     ]
-    assert tuning_accuracies(rows, "a") == {0.1: 40.0}
+    assert tuning_scores(rows, "a") == {0.1: 40.0}
+
+
+def test_text_is_judged_by_its_bits_per_byte():
+    found = [(0.1, 0, 2.5), (0.1, 1, 2.7), (0.2, 0, 2.4), (0.2, 1, ""), (0.4, 0, 2.3), (0.4, 1, 3.0)]
+    rows = [
+        {"arm": "a", "stage": TUNING, "learning_rate": rate, "seed": seed, "bits_per_byte": bits, "accuracy": 50.0}
+        for rate, seed, bits in found
+    ]
+    assert tuning_scores(rows, "a") == pytest.approx({0.1: -2.6, 0.2: -float("inf"), 0.4: -2.65})
+    assert study_module.best_rate(rows, "a") == 0.1
 
 
 def test_runs_of_one_program_are_one_group(study):
