@@ -12,21 +12,21 @@ from experiments.configs import lm
 from experiments.studies.study import Arm, Study
 
 STEPS = 1600
-CORRECTED = {
+CORRECTED: dict[str, object] = {
     "optimizer": "gossip_adamw",
     "gossip_adamw.b2": 0.99,
     "gossip_adamw.weight_decay": 0.1,
     "adamw.b2": 0.95,  # as in `default.py`: of what is not chosen no key may be changed
     "adamw.weight_decay": 5e-4,
 }
-CROSSOVER = {"crossover.rounds": 1, "crossover.wire": None}
+CROSSOVER: dict[str, object] = {"crossover.rounds": 1, "crossover.wire": None}
 ARMS: dict[str, dict[str, object]] = {
     "allreduce": {"algorithm": "allreduce", **CROSSOVER},  # 1.75
     "three rounds in int8": {},  # 0.76
-    "three rounds in int8, corrected": CORRECTED,
+    "three rounds in int8 corrected": CORRECTED,
     "crossover": CROSSOVER,  # 1
-    "crossover, corrected": {**CROSSOVER, **CORRECTED},
-    "three rounds in int4, corrected": {"crossover.wire": "int4", "crossover.renew_every": 50, **CORRECTED},  # 0.42
+    "crossover corrected": {**CROSSOVER, **CORRECTED},
+    "three rounds in int4 corrected": {"crossover.wire": "int4", "crossover.renew_every": 50, **CORRECTED},  # 0.42
 }
 
 
@@ -37,7 +37,7 @@ def outer(every: int, **keys: object) -> dict[str, object]:
 for H in (16, 64):
     ARMS[f"DiLoCo {H}"] = outer(H, mix="average", momentum=0.9)  # 1.75 / H
     ARMS[f"gossip outer {H}"] = outer(H)  # 1 / H
-    ARMS[f"gossip outer {H}, three rounds in int8"] = outer(H, rounds=3, wire="int8")  # 0.76 / H
+    ARMS[f"gossip outer {H} three rounds in int8"] = outer(H, rounds=3, wire="int8")  # 0.76 / H
 ARMS["streamed 16"] = outer(16, stream=True)  # 1 / 16
 
 
