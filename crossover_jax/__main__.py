@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--compute-ms", type=float, required=True, help="of a step without communication")
     command.add_argument("--dcn-gbps", type=float, required=True, help="rate of a worker's link to the others")
     command.add_argument("--dcn-us", type=float, default=50.0, help="latency of that link (default: 50)")
+    command.add_argument("--every", type=int, nargs="+", default=[], help="outer steps too, after each so many steps")
+    command.add_argument("--tokens", type=float, help="of a worker and step: bytes are shown per token too")
     command.add_argument("--chips", type=int, default=1, help="chips of a worker, which average gradients (default: 1)")
     command.add_argument("--ici-gbps", type=float, help="rate of a chip's link to the others of its worker")
     command.add_argument("--ici-us", type=float, default=1.0, help="latency of that link (default: 1)")
@@ -63,7 +65,7 @@ def _run_describe(args: argparse.Namespace) -> str:
 
 
 def _run_plan(args: argparse.Namespace) -> str:
-    for name in ("params", "workers", "dcn_gbps", "chips"):
+    for name in ("params", "workers", "dcn_gbps", "chips", *(["tokens"] if args.tokens is not None else [])):
         _require(name, getattr(args, name), getattr(args, name) > 0, "be positive")
     for name in ("compute_ms", "dcn_us", "ici_us"):
         _require(name, getattr(args, name), getattr(args, name) >= 0, "not be negative")
@@ -73,7 +75,12 @@ def _run_plan(args: argparse.Namespace) -> str:
         ici = plan.Link(1e9 * args.ici_gbps / 8, 1e-6 * args.ici_us)
         inside = plan.allreduce_seconds(4 * args.params, args.chips, ici)
     link = plan.Link(1e9 * args.dcn_gbps / 8, 1e-6 * args.dcn_us)
-    return _text_of_plan(args.params, args.workers, 1e-3 * args.compute_ms, link, inside)
+    given = args.params, args.workers, 1e-3 * args.compute_ms, link, inside
+    text = _text_of_plan(*given, args.tokens)
+    if not args.every:
+        return text
+    outer = _table_of_ways(plan.outer_ways(*given, args.every), args.tokens)
+    return f"{text}\n\nLess often, per step; what it costs in accuracy is another question:\n\n{outer}"
 
 
 def _require(name: str, value: float | int | None, holds: bool, requirement: str) -> None:
@@ -82,16 +89,26 @@ def _require(name: str, value: float | int | None, holds: bool, requirement: str
         raise ValueError(f"`--{name.replace('_', '-')}` must {requirement}, got {got}.")
 
 
-def _text_of_plan(params: float, workers: int, compute: float, link: plan.Link, inside: float) -> str:
+def _table_of_ways(found: list[plan.Way], tokens: float | None) -> str:
+    rows = [
+        (way.name, way.wire, f"{way.sent / 1e6:.4g} MB", _time(way.transfer), _time(way.step))
+        + ((f"{way.sent / tokens:.4g} B",) if tokens else ())
+        for way in found
+    ]
+    return as_table(("algorithm", "wire", "sent", "exchange", "step", *(["per token"] if tokens else [])), rows)
+
+
+def _text_of_plan(
+    params: float, workers: int, compute: float, link: plan.Link, inside: float, tokens: float | None
+) -> str:
     found = plan.ways(params, workers, compute, link, inside)
     title = f"{workers} workers, {params / 1e6:g} million parameters, {1e3 * compute:g} ms of compute, links of {link}"
     title += f", {1e3 * inside:.3g} ms inside a worker" if inside else ""
-    rows = [(way.name, way.wire, f"{way.sent / 1e6:.4g} MB", _time(way.transfer), _time(way.step)) for way in found]
     groups = plan.groups(params, workers, compute, link, inside)
     fewer = [(own.gossiping, own.members, _time(own.averaging), _time(own.step)) for own in groups]
     return f"""{title}
 
-{as_table(("algorithm", "wire", "sent", "exchange", "step"), rows)}
+{_table_of_ways(found, tokens)}
 
 Crossover, during, saves 5 % of the step of AllReduce beside the backward pass, both in float32, \
 {_rates(plan.where_it_pays(params, workers, compute, link, inside))}.

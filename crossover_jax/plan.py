@@ -5,11 +5,13 @@ neither a slow worker nor a congested switch, nor the time of packing and coding
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 65 / 64}  # per parameter; of int8 with a scale for each 256
+OUTER_BYTES = {**BYTES, "int4": 33 / 64}  # what outer steps may send too
 BACKWARD = 2 / 3  # of a gradient's time: what gradients of the last layers can travel beside
 
 
@@ -52,8 +54,33 @@ def gossip_seconds(num_bytes: float, link: Link, rounds: int = 1) -> float:
     return rounds * (link.latency + num_bytes / link.rate)
 
 
+def outer_ways(
+    params: float, workers: int, compute: float, link: Link, inside: float = 0.0, every: Sequence[int] = (16, 64)
+) -> list[Way]:
+    """Ways that exchange after each `every` steps only, the fastest first; seconds and bytes are per step.
+
+    "Overlapped" has all those steps to hide in (`outer(..., overlap=True)` in a `period`). They are not among `ways`,
+    for less is exchanged, which costs accuracy: docs/language_models.md. Raises `ValueError` for `every` below 1.
+    """
+
+    def found() -> Iterator[Way]:
+        work = max(compute, (1 - BACKWARD) * compute + inside)
+        for k in every:
+            if k < 1:
+                raise ValueError(f"`every` must be at least 1, got {k}.")
+            seconds = allreduce_seconds(4 * params, workers, link)
+            sent = 2 * (workers - 1) / workers * 4 * params
+            yield Way(f"DiLoCo, every {k}", "float32", sent / k, seconds, work + seconds / k)
+            for wire, each in OUTER_BYTES.items():
+                sent, seconds = each * params, gossip_seconds(each * params, link)
+                yield Way(f"gossip outer, every {k}", wire, sent / k, seconds, work + seconds / k)
+                yield Way(f"gossip outer, every {k}, overlapped", wire, sent / k, seconds, max(work, seconds / k))
+
+    return sorted(found(), key=lambda way: (way.step, way.sent))
+
+
 def ways(params: float, workers: int, compute: float, link: Link, inside: float = 0.0) -> list[Way]:
-    """All ways to train with `workers`, the fastest first; seconds.
+    """All ways to train with `workers` and exchange at every step, the fastest first; seconds.
 
     `inside` is what averaging gradients inside a worker takes, bucket by bucket beside the backward pass. AllReduce is
     there twice: all at once behind the gradient, and bucket by bucket too, as good implementations do. "Streamed" mixes

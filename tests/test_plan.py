@@ -39,6 +39,30 @@ def test_the_fastest_comes_first_and_fewer_bytes_before_more():
     assert (found[0].name, found[0].wire) == ("crossover, during", "int8")
 
 
+def test_outer_steps_are_counted_by_hand():
+    found = {(way.name, way.wire): way for way in plan.outer_ways(1e6, 16, 0.01, LINK, every=(4, 16))}
+    ring = 4 * 1e-3 + 2 * 15 / 16 * 0.04  # 79 ms
+    assert found["DiLoCo, every 4", "float32"].step == pytest.approx(0.01 + ring / 4)
+    assert found["gossip outer, every 4", "float32"].step == pytest.approx(0.01 + 0.041 / 4)
+    assert found["gossip outer, every 4, overlapped", "float32"].step == pytest.approx(0.041 / 4)  # it does not fit
+    assert found["gossip outer, every 16, overlapped", "float32"].step == pytest.approx(0.01)
+    int4 = found["gossip outer, every 16, overlapped", "int4"]
+    assert int4.sent == pytest.approx(33 / 64 * 1e6 / 16)
+    assert int4.transfer == pytest.approx(1e-3 + 33 / 64 * 0.01)
+    with pytest.raises(ValueError, match=r"`every` must be at least 1, got 0\."):
+        plan.outer_ways(1e6, 16, 0.01, LINK, every=(0,))
+
+
+def test_the_command_shows_outer_steps_and_bytes_per_token(capsys):
+    links = ["--params", "1e6", "--workers", "16", "--compute-ms", "10", "--dcn-gbps", "0.8"]
+    assert main(["plan", *links, "--every", "16", "--tokens", "1000"]) == 0
+    shown = capsys.readouterr().out
+    assert "Less often" in shown
+    lines = [line.split() for line in shown.splitlines() if line.startswith("gossip outer, every 16, overlapped")]
+    (line,) = (line for line in lines if "float32" in line)
+    assert line[-8:] == ["0.25", "MB", "40.05", "ms", "10", "ms", "250", "B"]
+
+
 def test_gossip_s_time_does_not_depend_on_the_number_of_workers_and_all_reduce_s_does():
     assert len({step_of("crossover", workers=n).step for n in (2, 64, 10_000)}) == 1
     times = [step_of("allreduce", workers=n).transfer for n in (2, 16, 256)]
