@@ -1,9 +1,9 @@
 # Each target builds .venv first if it is missing; nothing else needs to be set up.
 PYTHON ?= python3
-WORKDIR ?= runs/fashion_mnist-$(shell date +%Y%m%d-%H%M%S)
+WORKDIR ?= runs/$(RUN)-$(shell date +%Y%m%d-%H%M%S)
 BIN := .venv/bin
 
-.PHONY: train test test-tools test-all lint format .venv
+.PHONY: train lm test test-tools test-all lint format .venv
 
 .venv: .venv/installed
 
@@ -14,8 +14,14 @@ BIN := .venv/bin
 	@touch $@
 
 # Eight virtual devices, so that eight workers exchange real messages on a CPU; ignored where there is an accelerator.
+train: RUN := fashion_mnist
 train: .venv
 	JAX_NUM_CPU_DEVICES=8 $(BIN)/python experiments/train.py --config=experiments/configs/fashion_mnist.py --workdir=$(WORKDIR)
+
+# A small language model of bytes, some minutes; WORKDIR/curves.png has bits per byte, consensus and bytes per token.
+lm: RUN := lm
+lm: .venv
+	JAX_NUM_CPU_DEVICES=8 $(BIN)/python experiments/train.py --config=experiments/configs/lm.py --workdir=$(WORKDIR)
 
 test: .venv
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 -m "not slow and not tools"

@@ -52,10 +52,13 @@ def make_evaluate(
     def evaluate(step: int, state: TrainState, batches: Iterable[PyTree]) -> dict[str, float]:
         own = models(state)
         averaged = mean_over_workers(own)
-        counts = [
-            (of_mean(averaged, place_for_mean(batch)), of_workers(own, place_for_workers(batch)) if each else None)
-            for batch in batches
-        ]
+        counts: list[PyTree] = []
+        for batch in batches:
+            # One batch late. Of XLA:CPU's devices some wait for the others in a sum; with dozens of programs queued
+            # the last of them is never started, and after 40 s the process aborts.
+            jax.block_until_ready(counts[-1:])
+            of_each = of_workers(own, place_for_workers(batch)) if each else None
+            counts.append((of_mean(averaged, place_for_mean(batch)), of_each))
         distance = consensus_distance(own[0])
         (right, loss, count), of_each = processes.fetch(_sum(counts))
         fetch(step, [{"evaluation loss": np.ravel(loss if of_each is None else of_each[1]) / count}])

@@ -245,31 +245,22 @@ def text_curves(rows: list[Row], title: str) -> Figure:
 
     Above the first panel stands what each worker has sent by then, where it sends anything.
     """
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    bits, distance = figure.subplots(1, 2)
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    bits, distance = figure.subplots(1, 2, sharex=True)
     _plot(bits, rows, "train/loss", "training, workers' batches", x="step", scale=1 / math.log(2), color="tab:gray")
-    _plot(bits, rows, "bits_per_byte", "held-out text, averaged model", x="step", color="tab:blue", marker="o")
-    evaluated = [row for row in rows if "bits_per_byte" in row]
-    if evaluated:
-        last = evaluated[-1]
-        bits.annotate(
-            f"{last['bits_per_byte']:.3f}",
-            (last["step"], last["bits_per_byte"]),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            color="tab:blue",
-        )
-    bits.set(title="bits per byte", xlabel="step", yscale="log")
-    bits.yaxis.set_major_locator(FixedLocator([1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]))
+    found = [row["bits_per_byte"] for row in rows if "bits_per_byte" in row]
+    label = "held-out text, averaged model" + (f": {found[-1]:.3f}" if found else "")
+    _plot(bits, rows, "bits_per_byte", label, x="step", color="tab:blue", marker="o")
+    bits.set(ylabel="bits per byte", xlabel="step", xlim=(0, rows[-1]["step"] * 1.02), yscale="log")
+    bits.yaxis.set_major_locator(FixedLocator([1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 3, 3.5, 4, 5, 6, 8, 10]))
     bits.yaxis.set_major_formatter("{x:g}")
     bits.yaxis.set_minor_locator(NullLocator())
-    sent = rows[-1]["wire_bytes_per_step"] / 1e6
-    if sent:
+    if sent := rows[-1]["wire_bytes_per_step"] / 1e6:
         above = bits.secondary_xaxis("top", functions=(lambda step: step * sent, lambda megabytes: megabytes / sent))
         above.set_xlabel("MB sent by each worker")
     _plot(distance, rows, "consensus_distance", "", x="step", color="tab:green", marker="o")
-    distance.set(title="consensus distance Ξ", xlabel="step", ylim=(0, None))
+    distances = [row["consensus_distance"] for row in rows if "consensus_distance" in row]
+    distance.set(ylabel="consensus distance Ξ", xlabel="step", ylim=(0, 1.1 * max(distances, default=0.0) or None))
     for axes in (bits, distance):
         axes.grid(alpha=0.3)
     bits.legend(loc="upper right")

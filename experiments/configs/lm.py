@@ -3,7 +3,8 @@
     python -m experiments.train --config=experiments/configs/lm.py --workdir=runs/lm
 
 The text is Python's own standard library, as in `decoder.py`. Evaluated is on ten places of the tenth of it before the
-last, on which learning rates are tuned; the last, "test", is for the end of a study. Everything else: `default.py`.
+last, on which learning rates are tuned; the last, "test", is for the end of a study. After 800 steps, seven minutes on
+two busy cores with eight virtual devices, it takes the averaged model 2.085 bits a byte. Everything else: `default.py`.
 """
 
 import sysconfig

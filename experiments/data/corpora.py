@@ -2,7 +2,7 @@
 
 The text stays on the machine that prepares it. Its licence, by name:
 
-gcide   the GNU Collaborative International Dictionary of English, GPL-2 or later; 40 MB of ASCII in dict-gcide 0.48.5
+gcide   the GNU Collaborative International Dictionary of English, GPL-2 or later; 40 MB in dict-gcide 0.48.5
 """
 
 import gzip

@@ -428,6 +428,24 @@ def test_evaluation_counts_every_byte_of_the_rows_that_count(texts):
     assert found["eval/workers/accuracy_max"] == pytest.approx(max(own), abs=1e-6)
 
 
+def test_no_more_than_two_batches_of_an_evaluation_are_under_way(monkeypatch):
+    """With dozens, XLA:CPU starts the last device's part of a sum never: the process aborted on eight devices."""
+    algorithm, events = cj.allreduce_sgd(optax.sgd(0.1)), []
+    state = cj.copies(init_state({"table": jnp.zeros((256, 256))}, {}, algorithm), 2)
+    evaluate = make_evaluate(lambda params, _, image: params["table"][image], algorithm, 2)
+    wait = jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: events.append(len(jax.tree.leaves(x))) or wait(x))
+
+    def batches():
+        for i in range(4):
+            events.append(f"batch {i}")
+            yield {"image": TOKENS, "label": TOKENS.astype(np.int32), "mask": np.ones(len(TOKENS), bool)}
+
+    evaluate(1, state, batches())
+    both = 6  # three sums of the averaged model, three of the workers' own
+    assert events[:8] == ["batch 0", 0, "batch 1", both, "batch 2", both, "batch 3", both]
+
+
 def test_the_loss_of_text_is_the_mean_over_all_bytes_and_they_are_not_normalised():
     graphdef, params, state = tiny()
     apply = program.make_apply(graphdef, data.describe("text"))

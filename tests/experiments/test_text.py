@@ -3,7 +3,10 @@
 import gzip
 import math
 import os
+import pathlib
+import shutil
 import struct
+import subprocess
 import zlib
 
 import jax
@@ -20,6 +23,7 @@ from experiments.program import make_program, wire_bytes_per_step
 from experiments.settings import check_settings
 from tests.experiments.helpers import changed, read_rows, scalars
 
+ROOT = pathlib.Path(__file__).parents[2]
 ENTRIES = b"Lark \\Lark\\, v. i.\n   To sport; to frolic.\n   [1913 Webster]\n\n" * 40
 
 
@@ -164,6 +168,7 @@ def run(tmp_path_factory):
     config.update_from_flattened_dict({"dataset.data_dir": os.fspath(folder / "fox.txt"), "dataset.sequence": SEQUENCE})
     config.update_from_flattened_dict({"checkpoint.every": None, "eval_batch_size": 4, "algorithm": "allreduce"})
     config.update_from_flattened_dict({"crossover.rounds": 1, "crossover.wire": None})
+    config.dataset.eval_split = "validation"
     config.model.options.update(OPTIONS)
     config.eval_every = 2 * BATCH / (1440 // SEQUENCE)  # 1800 bytes, of which eight tenths are trained on
     return config, folder, *train.train(config.lock(), folder)
@@ -218,3 +223,10 @@ def test_the_curves_of_text_are_bits_and_distances_and_their_title_names_the_byt
     np.testing.assert_array_equal(distance.lines[0].get_ydata(), [row["consensus_distance"] for row in rows[1::2]])
     assert figure.get_suptitle() == f"a run: {rows[-1]['wire_bytes_per_token']:.1f} bytes sent per token"
     assert [axis.get_xlabel() for axis in bits.child_axes] == ["MB sent by each worker"] * sends
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(("target", "config"), [("lm", "lm"), ("train", "fashion_mnist")])
+def test_make_trains_the_config_in_a_folder_of_its_name(target, config):
+    said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"experiments/train.py --config=experiments/configs/{config}.py --workdir=runs/{config}-2" in said
