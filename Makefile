@@ -23,16 +23,17 @@ lm: RUN := lm
 lm: .venv
 	JAX_NUM_CPU_DEVICES=8 $(BIN)/python experiments/train.py --config=experiments/configs/lm.py --workdir=$(WORKDIR)
 
+# A file's tests run in one process, which makes their fixtures and compiles their programs once.
 test: .venv
-	$(BIN)/python -m pytest -n auto --maxprocesses=8 -m "not slow and not tools"
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile -m "not slow and not tools"
 
 # What measures and what launches: needed where benchmarks/ or experiments/launch/ change.
 test-tools: .venv
-	$(BIN)/python -m pytest -n auto --maxprocesses=8 -m "tools and not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile -m "tools and not slow"
 
 # All tests, each compiled with all of XLA's optimization.
 test-all: .venv
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n auto --maxprocesses=8
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile
 
 lint: .venv
 	$(BIN)/ruff format --check --diff

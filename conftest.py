@@ -1,5 +1,6 @@
 """64 virtual CPU devices for every test and doctest; operands of different ranks are an error; cheap compilation."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -7,6 +8,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests that compile f
 
 import jax
 import pytest
+from jax._src import compiler  # its options for all programs have no public name
 
 jax.config.update("jax_num_cpu_devices", 64)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -19,6 +21,32 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # jaxlib 0.10.2 reads from it for CPUs hangs or aborts: its collectives no longer wait for each other.
 CHEAP = "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ
 jax.config.update("jax_disable_most_optimizations", CHEAP)
+
+# Of the rest two thirds are what XLA sets up for each fusion and for each of the 32 parts it compiles a program in,
+# however small: without both a step of three layers compiles in a fourth of the time, to the same collectives.
+QUICKLY = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+options_of_jax = compiler.get_compile_options
+
+
+def compile_options(*args, env_options_overrides=None, backend=None, **kwargs):
+    if jax.config.read("jax_disable_most_optimizations") and backend is not None and backend.platform == "cpu":
+        env_options_overrides = QUICKLY | dict(env_options_overrides or {})
+    return options_of_jax(*args, env_options_overrides=env_options_overrides, backend=backend, **kwargs)
+
+
+compiler.get_compile_options = compile_options
+
+
+@pytest.fixture
+def compiled_alike():
+    """The environment of a process that compiles as this one does, to the same bits."""
+    cheap = jax.config.read("jax_disable_most_optimizations")
+    flags = [f"--{name}={value}".lower() for name, value in QUICKLY.items()] if cheap else []
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(cheap), "XLA_FLAGS": " ".join(flags)}
+
+
+# Tracing makes objects by the hundred thousand that live as long as their program: looked through less often.
+gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, of which a module's are made once

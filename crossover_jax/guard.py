@@ -33,15 +33,16 @@ def depends_on_arguments(jaxpr: Any) -> list[bool]:
 def _flow(jaxpr: Any, differs: Sequence[Differs], axes: Differs) -> tuple[list[Differs], list[Differs]]:
     """How the results differ, and how the arguments do afterwards: of those only references can have changed."""
     known: dict[Any, Differs] = dict(zip(jaxpr.invars, differs, strict=True))
-
-    def of(var: Any) -> Differs:
-        return SHARED if hasattr(var, "val") else known.get(var, SHARED)  # a literal, or a constant
-
     for eqn in jaxpr.eqns:
-        outs, ins = _step(eqn, [of(var) for var in eqn.invars], axes)
+        outs, ins = _step(eqn, _read(known, eqn.invars), axes)
         known.update(zip(eqn.outvars, outs, strict=True))
         known.update((var, d) for var, d in zip(eqn.invars, ins, strict=True) if not hasattr(var, "val"))
-    return [of(var) for var in jaxpr.outvars], [of(var) for var in jaxpr.invars]
+    return _read(known, jaxpr.outvars), _read(known, jaxpr.invars)
+
+
+def _read(known: dict[Any, Differs], variables: Sequence[Any]) -> list[Differs]:
+    """Of literals and constants all workers have the same."""
+    return [SHARED if hasattr(var, "val") else known.get(var, SHARED) for var in variables]
 
 
 def _step(eqn: Any, ins: list[Differs], axes: Differs) -> tuple[list[Differs], list[Differs]]:

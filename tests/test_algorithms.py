@@ -190,6 +190,12 @@ def train(name, where, steps, dtype=np.float32):
     return state, metrics, step, algorithm
 
 
+@functools.cache
+def three_steps(name):
+    """On a mesh, for all tests of that program: `(state, metrics, step)`."""
+    return train(name, mesh(), 3)[:3]
+
+
 def mixed_only(name, readings, tree):
     """`(params, model)` after each number of `readings` steps at learning rate zero, from workers that disagree."""
     algorithm = ALGORITHMS[name].make(optax.sgd(0.0, momentum=0.9), WORKERS, jax.tree.map(lambda x: x[0], tree))
@@ -256,7 +262,7 @@ def test_equal_data_and_dropout_give_workers_different_gradients():
 @every_algorithm
 def test_one_compilation_donated_state_and_the_promised_collectives(name):
     contract = ALGORITHMS[name]
-    state, _, step, algorithm = train(name, mesh(), 3)
+    state, _, step = three_steps(name)
     assert step._cache_size() == 1
     compiled = step.lower(state, place(random_batch(0), mesh()), jnp.int32(0)).compile()
     text = compiled.as_text()
@@ -282,26 +288,37 @@ def test_mesh_is_simulation_in_float64_over_20_steps(name):
 
 @pytest.mark.parametrize("name", ["crossover", "push_sum", "bfloat16"])
 def test_mesh_is_simulation_in_float32_over_3_steps(name):
-    on_mesh, metrics, _, _ = train(name, mesh(), 3)
+    on_mesh, metrics, _ = three_steps(name)
     simulated, also, _, _ = train(name, WORKERS, 3)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (on_mesh, metrics), (simulated, also)
     )
 
 
-@every_algorithm
-def test_one_worker_is_plain_optax(name):
-    state, _, _, algorithm = train(name, 1, 5)
+@functools.cache
+def plain_optax(steps):
+    """Parameters that one worker must have, whatever the algorithm."""
     tx = optimizer()
-    params, model_state = random_params(), {"mean": jnp.zeros(HIDDEN), "var": jnp.ones(HIDDEN)}
-    opt = tx.init(params)
-    for t in range(5):
+
+    @jax.jit
+    def step(params, model_state, opt, batch, t):
         key = functools.reduce(jax.random.fold_in, [t, 0, 0], jax.random.key(0))
-        batch = jax.tree.map(lambda x: x[0], random_batch(t, 1))
         grads, (model_state, _) = jax.grad(loss_fn, has_aux=True)(params, model_state, batch, key)
         updates, opt = tx.update(grads, opt, params)
-        params = optax.apply_updates(params, updates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-5, atol=1e-6), state.params, params)
+        return optax.apply_updates(params, updates), model_state, opt
+
+    params = jax.tree.map(jnp.asarray, random_params())
+    state = params, {"mean": jnp.zeros(HIDDEN), "var": jnp.ones(HIDDEN)}, tx.init(params)
+    for t in range(steps):
+        state = step(*state, jax.tree.map(lambda x: x[0], random_batch(t, 1)), t)
+    return state[0]
+
+
+@every_algorithm
+def test_one_worker_is_plain_optax(name):
+    state, _, _, _ = train(name, 1, 5)
+    expected = plain_optax(5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-5, atol=1e-6), state.params, expected)
 
 
 def deterministic_loss(params, model_state, batch, key):

@@ -1,5 +1,7 @@
 """What the compiler makes of an exchange, ahead of time for TPU pods that are not here."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,11 @@ import crossover_jax as cj
 from experiments.compiled import collectives, schedule, traffic
 
 pytestmark = pytest.mark.full_compilation
-SLICES, LAYERS, WIDTH = 4, 6, 1024
+SLICES, LAYERS, WIDTH = 4, 3, 1024
 POOLS = {
     "latin": lambda n: cj.topology.latin(n, 8),
+    "latin4": lambda n: cj.topology.latin(n, 4),
+    "latin5": lambda n: cj.topology.latin(n, 5),  # within a slice libtpu has five permutes in flight
     "exponential": cj.topology.exponential,
     "ring": lambda n: cj.topology.ring(n),
     "symmetric": lambda n: cj.topology.symmetric(n, 4, slices=SLICES),
@@ -23,11 +27,7 @@ POOLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pod():
-    return chips(SLICES)
-
-
+@functools.cache
 def chips(slices):
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=slices).devices
     return sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.id))
@@ -39,14 +39,17 @@ def loss(params, x):
     return jnp.mean(x**2)
 
 
-def compiled_step(pool, devices, *, during, in_flight=None, cut=cj.by_size):
-    """The compiled train step of a stack of matrices on one worker per chip."""
-    mix = cj.crossover(len(devices), pool=pool, cut=cut(pool.num_rounds), in_flight=in_flight)
-    return compiled((cj.mix_during if during else cj.mix_after)(optax.sgd(0.1, momentum=0.9), mix), devices)
+@functools.cache  # several tests read the same programs
+def compiled_step(name, slices, *, during, in_flight=None, cut=cj.by_size):
+    """The text of the compiled train step of a stack of matrices on one worker per chip."""
+    pool = POOLS[name](len(chips(slices)))
+    mix = cj.crossover(pool.num_workers, pool=pool, cut=cut(pool.num_rounds), in_flight=in_flight)
+    return compiled((cj.mix_during if during else cj.mix_after)(optax.sgd(0.1, momentum=0.9), mix), slices)
 
 
-def compiled(algorithm, devices, length=None):
+def compiled(algorithm, slices, length=None):
     """The same of any algorithm: one step, or a period of `length`."""
+    devices = chips(slices)
     n = len(devices)
     mesh = cj.make_mesh(n, devices=devices)
 
@@ -61,14 +64,23 @@ def compiled(algorithm, devices, length=None):
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct((n, *s.shape), s.dtype, sharding=spec), shapes)
     t = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     whole = step if length is None else cj.period(step, length)
-    return cj.per_worker(whole, mesh, replicated=(2,)).lower(*shapes, t).compile()
+    return cj.per_worker(whole, mesh, replicated=(2,)).lower(*shapes, t).compile().as_text()
 
 
-@pytest.mark.parametrize("during", [False, True])
-@pytest.mark.parametrize("name", POOLS)
-def test_pools_alike_in_every_slice_compile_for_four_slices_without_a_conditional(pod, name, during):
-    pool = POOLS[name](len(pod))
-    found = collectives(compiled_step(pool, pod, during=during).as_text())
+# What these two compile to does not hang on when it runs: shown for the three others.
+AGAIN = [pytest.param(name, True, marks=pytest.mark.slow) for name in ("symmetric", "derangements")]
+
+
+@pytest.mark.parametrize(
+    ("name", "during"),
+    [
+        *((name, False) for name in ("latin", "exponential", "ring", "symmetric", "derangements")),
+        *((name, True) for name in ("latin", "exponential", "ring")),
+        *AGAIN,
+    ],
+)
+def test_pools_alike_in_every_slice_compile_for_four_slices_without_a_conditional(name, during):
+    found = collectives(compiled_step(name, SLICES, during=during))
     assert (found.pop("conditional", 0) > 0) == (name == "derangements")
     assert found.pop("send", 0) > 0
     found.pop("collective-permute", 0)  # pairs inside a slice
@@ -76,22 +88,20 @@ def test_pools_alike_in_every_slice_compile_for_four_slices_without_a_conditiona
 
 
 @pytest.mark.parametrize(
-    ("pool", "slices", "cut"),
+    ("name", "slices", "options"),
     [
-        # Within a slice libtpu has five permutes in flight, the sixth follows the first.
-        (lambda n: cj.topology.latin(n, 5), 1, cj.by_size),
-        (lambda n: cj.topology.latin(n, 4), 1, cj.by_rows),
-        (POOLS["exponential"], 1, cj.by_size),
-        (POOLS["latin"], 4, cj.by_size),
-        (POOLS["latin"], 4, cj.by_rows),
-        (POOLS["exponential"], 4, cj.by_size),
-        (POOLS["ring"], 4, cj.by_size),
-        (POOLS["latin"], 8, cj.by_size),
+        ("latin5", 1, {}),  # the sixth follows the first
+        ("latin4", 1, {"cut": cj.by_rows}),
+        ("exponential", 1, {}),
+        ("latin", 4, {}),
+        ("latin", 4, {"cut": cj.by_rows}),
+        ("exponential", 4, {}),
+        ("ring", 4, {}),
+        ("latin", 8, {}),
     ],
 )
-def test_mixing_during_the_step_sends_before_the_first_matmul_and_is_done_after_the_last(pool, slices, cut):
-    devices = chips(slices)
-    order = schedule(compiled_step(pool(len(devices)), devices, during=True, cut=cut).as_text())
+def test_mixing_during_the_step_sends_before_the_first_matmul_and_is_done_after_the_last(name, slices, options):
+    order = schedule(compiled_step(name, slices, during=True, **options))
     matmuls = [i for i, op in enumerate(order) if op == "matmul"]
     starts = [i for i, op in enumerate(order) if op in ("send", "recv", "collective-permute-start")]
     dones = [i for i, op in enumerate(order) if op in ("send-done", "recv-done", "collective-permute-done")]
@@ -105,29 +115,24 @@ def test_mixing_during_the_step_sends_before_the_first_matmul_and_is_done_after_
 
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_no_more_channels_are_under_way_than_in_flight_allows(in_flight):
-    devices = chips(1)
-    order = schedule(
-        compiled_step(cj.topology.latin(len(devices), 5), devices, during=True, in_flight=in_flight).as_text()
-    )
+    order = schedule(compiled_step("latin5", 1, during=True, in_flight=in_flight))
     steps = {"collective-permute-start": 1, "collective-permute-done": -1}
     under_way = np.cumsum([steps.get(op, 0) for op in order])
     assert under_way.max() == in_flight
     assert sum(op == "collective-permute-start" for op in order) == 5
 
 
-def test_mixing_after_the_step_cannot_be_hidden_and_the_schedule_shows_it(pod):
-    order = schedule(compiled_step(POOLS["latin"](len(pod)), pod, during=False).as_text())
+def test_mixing_after_the_step_cannot_be_hidden_and_the_schedule_shows_it():
+    order = schedule(compiled_step("latin", SLICES, during=False))
     assert order.index("send") > max(i for i, op in enumerate(order) if op == "matmul")
 
 
-@pytest.mark.parametrize("wire", [None, "int4"])
-@pytest.mark.parametrize("slices", [1, 4])
+@pytest.mark.parametrize(("slices", "wire"), [(1, None), (4, "int4"), pytest.param(4, None, marks=pytest.mark.slow)])
 def test_an_exchange_stays_under_way_across_the_loop_over_a_period_s_steps(slices, wire):
-    devices = chips(slices)
-    n = len(devices)
-    mix = cj.crossover(n, pool=cj.topology.latin(n, 4), wire=wire)
+    n = len(chips(slices))
+    mix = cj.crossover(n, pool=POOLS["latin4"](n), wire=wire)
     outer = cj.outer(optax.sgd(0.1), optax.sgd(0.7, momentum=0.9, nesterov=True), mix, every=8, overlap=True)
-    text = compiled(outer, devices, length=8).as_text()
+    text = compiled(outer, slices, length=8)
     order = schedule(text)
     loop = order.index("while")
     matmuls = [i for i, op in enumerate(order) if op == "matmul"]  # of the last step, which stands on its own
@@ -141,14 +146,16 @@ def test_an_exchange_stays_under_way_across_the_loop_over_a_period_s_steps(slice
     assert "conditional" not in collectives(text)
 
 
-def test_without_overlap_the_exchange_of_a_period_follows_its_loop(pod):
-    outer = cj.outer(optax.sgd(0.1), None, cj.crossover(len(pod), pool=POOLS["latin"](len(pod))), every=4)
-    order = schedule(compiled(outer, pod, length=4).as_text())
+def test_without_overlap_the_exchange_of_a_period_follows_its_loop():
+    n = len(chips(SLICES))
+    outer = cj.outer(optax.sgd(0.1), None, cj.crossover(n, pool=POOLS["latin4"](n)), every=4)
+    order = schedule(compiled(outer, SLICES, length=4))
     assert order.index("while") < order.index("send")
 
 
 @pytest.mark.parametrize("hierarchical", [False, True])
-def test_the_traffic_of_a_pod_is_one_model_per_worker_over_dcn(pod, hierarchical):
+def test_the_traffic_of_a_pod_is_one_model_per_worker_over_dcn(hierarchical):
+    pod = chips(SLICES)
     n = SLICES if hierarchical else len(pod)
     mesh = cj.make_mesh(n, {"device": len(pod) // n}, devices=pod)
     mix = cj.gossip(cj.topology.latin(n, 3), cj.by_size(3), cj.topology.shuffle(3, 3))

@@ -635,7 +635,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_what_cannot_be_written_is_said_and_the_run_goes_on(config, undisturbed, tmp_path):
+def test_what_cannot_be_written_is_said_and_the_run_goes_on(config, undisturbed, tmp_path, compiled_alike):
     """Files may not grow beyond 60 kB, as on a disk that is full; the checkpoints of step 4 and before are there."""
     workdir = stopped_at(4, undisturbed[0], tmp_path / "run")
     flags = [
@@ -645,7 +645,6 @@ def test_what_cannot_be_written_is_said_and_the_run_goes_on(config, undisturbed,
     ]
     flags += ["--config.model.options={'hidden': (32,)}", "--config.schedule.learning_rate=0.02"]
     command = [sys.executable, "-c", FULL, f"--workdir={workdir}", *flags]
-    compiled_alike = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations"))}
     env = {**os.environ, "JAX_PLATFORMS": "cpu", **compiled_alike}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
