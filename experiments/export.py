@@ -35,6 +35,7 @@ from experiments.checkpoint import Damaged
 from experiments.evaluate import make_evaluate
 from experiments.paths import local_path
 from experiments.program import Program, make_program
+from experiments.settings import completed
 from experiments.step import Diverged, TrainState
 from experiments.workdir import METRICS, Row, read_rows
 
@@ -200,11 +201,12 @@ def restore_step(workdir: pathlib.Path, step: int, data_dir: str | None) -> Rest
 def config_from(record: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config of the run, where BatchNorm does not divide a batch: to evaluate a model it need not.
 
-    >>> config_from({"config": {"seed": 0, "model.options.bn_groups": 8, "data": "mnist"}}).to_dict()
-    {'model': {'options': {'bn_groups': 1}}, 'seed': 0}
+    >>> config = config_from({"config": {"seed": 3, "model.options.bn_groups": 8, "data": "mnist"}})
+    >>> config.seed, config.model.options.bn_groups
+    (3, 1)
     """
     nested: dict[str, Any] = {"model": {"options": {}}}  # a folder without keys has left no trace
-    for name, value in card.recorded_config(record).items():
+    for name, value in completed(card.recorded_config(record)).items():
         *folders, key = name.split(".")
         reduce(lambda folder, name: folder.setdefault(name, {}), folders, nested)[key] = value
     if "bn_groups" in nested["model"]["options"]:

@@ -1,6 +1,5 @@
 """Where a run begins: at its first step, or behind its newest whole checkpoint, on the same workers or on others."""
 
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ import crossover_jax as cj
 from experiments import checkpoint, data, processes
 from experiments.checkpoint import Damaged
 from experiments.program import Program, make_program
-from experiments.settings import flat_settings
+from experiments.settings import as_json, completed
 from experiments.step import TrainState
 
 MATRICES = {"overlap": cj.overlap_matrix, "average": cj.average_matrix}
@@ -123,15 +122,6 @@ def _warn_of_differences(provenance: dict[str, Any], recorded: dict[str, Any]) -
             processes.say(f"WARNING: {name} is {value}, the checkpoint was made with {was}: not the same bits")
 
 
-def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """A config's values by dotted names, as JSON gives them back.
-
-    >>> as_json(ml_collections.ConfigDict({"model": {"options": {"hidden": (32,)}}}))
-    {'model.options.hidden': [32]}
-    """
-    return json.loads(json.dumps(flat_settings(config)))
-
-
 def check_config(was: dict[str, Any], now: dict[str, Any], resume: Resume) -> None:
     """Raise `ValueError` with the keys that differ and may not.
 
@@ -140,6 +130,7 @@ def check_config(was: dict[str, Any], now: dict[str, Any], resume: Resume) -> No
     Traceback (most recent call last):
     ValueError: `workdir` must hold a run of this config, but in its checkpoint seed is 0, not 1: name another one, ...
     """
+    was = {key: value for key, value in completed(was).items() if key in now or key in was}
     changed = [key for key in {**was, **now} if was.get(key) != now.get(key) and key not in FREE]
     if "batch_size" in changed:  # steps, schedules and the place in the data count batches
         raise ValueError(

@@ -3,6 +3,7 @@
 import difflib
 import importlib.metadata
 import inspect
+import json
 import operator
 import re
 from collections.abc import Callable, Iterable
@@ -42,6 +43,24 @@ def flat_settings(config: ml_collections.ConfigDict | dict, prefix: str = "") ->
         nested = isinstance(value, ml_collections.ConfigDict | dict)
         found |= flat_settings(value, f"{name}.") if nested else {name: value}
     return found
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A config's values by dotted names, as JSON gives them back.
+
+    >>> as_json(ml_collections.ConfigDict({"model": {"options": {"hidden": (32,)}}}))
+    {'model.options.hidden': [32]}
+    """
+    return json.loads(json.dumps(flat_settings(config)))
+
+
+def completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint recorded of its config, and of keys that came later their defaults, by which it was trained.
+
+    >>> completed({"seed": 3})["seed"], completed({"seed": 3})["period"]
+    (3, 1)
+    """
+    return {**as_json(default.get_config()), **recorded}
 
 
 # What is wrong

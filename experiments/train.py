@@ -35,8 +35,8 @@ from experiments.program import (
     train_batches,
     wire_bytes_per_step,
 )
-from experiments.resume import SAME, Resume, Start, as_json, first_or_restored
-from experiments.settings import check_settings, device_counts, fingerprint, run_identity, versions
+from experiments.resume import SAME, Resume, Start, first_or_restored
+from experiments.settings import as_json, check_settings, device_counts, fingerprint, run_identity, versions
 from experiments.step import Diverged, TrainState, fetch
 from experiments.workdir import locked, open_workdir, require_no_rows
 

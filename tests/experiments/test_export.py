@@ -21,8 +21,7 @@ from crossover_jax import topology
 from experiments import algorithms, checkpoint, data, export, models, train
 from experiments.configs import fashion_mnist
 from experiments.program import make_program
-from experiments.resume import as_json
-from experiments.settings import versions
+from experiments.settings import as_json, versions
 from experiments.step import Diverged
 
 N, TRAINED, EVALUATED = 4, 600, 500

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import flags, settings, train
+from experiments import flags, resume, settings, train
 from experiments.configs import default
 from experiments.settings import check_settings
 from tests.experiments.helpers import changed, read_rows, small_config
@@ -128,3 +128,12 @@ def test_as_a_script_and_as_a_module_a_misspelt_key_is_one_line(way, tmp_path):
     assert done.stderr.splitlines() == [
         'error: unknown key in --config: learnig_rate; Did you mean "learning_rate" instead of "learnig_rate"?'
     ]
+
+
+def test_a_key_that_is_younger_than_a_checkpoint_had_its_default_there(config):
+    now = settings.as_json(config)
+    was = {key: value for key, value in now.items() if key not in ("period", "clip_norm")}
+    resume.check_config(was, now, resume.SAME)
+    for key, value in (("period", 4), ("clip_norm", 1.0)):
+        with pytest.raises(ValueError, match=f"in its checkpoint {key} is .*, not {value}"):
+            resume.check_config(was, now | {key: value}, resume.SAME)
