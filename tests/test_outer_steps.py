@@ -116,6 +116,7 @@ def assert_alike(a, b, tolerance):
 
 
 NESTEROV = (0.7, 0.9)
+BOTH = [(run_singly, "simulated"), (run_by_periods, "mesh")]
 
 
 def of(mix, *, nesterov=NESTEROV, every=EVERY, **options):
@@ -123,8 +124,7 @@ def of(mix, *, nesterov=NESTEROV, every=EVERY, **options):
     return cj.outer(optax.sgd(0.1), tx, mix, every=every, **options)
 
 
-@pytest.mark.parametrize("run", [run_singly, run_by_periods])
-@pytest.mark.parametrize("where", ["simulated", "mesh"])
+@pytest.mark.parametrize(("run", "where"), BOTH)
 def test_average_and_nesterov_are_diloco(run, where):
     """Δ̄ the average of φ − θ, one momentum and one φ for all, as in the paper; five periods in float64."""
     with jax.enable_x64(True):
@@ -140,8 +140,7 @@ def test_average_and_nesterov_are_diloco(run, where):
         assert_alike(seen[period * EVERY + EVERY - 1], over(lambda x: np.broadcast_to(x, (8, *x.shape)), slow), 1e-6)
 
 
-@pytest.mark.parametrize("run", [run_singly, run_by_periods])
-@pytest.mark.parametrize("where", ["simulated", "mesh"])
+@pytest.mark.parametrize(("run", "where"), BOTH)
 @pytest.mark.parametrize("nesterov", [None, NESTEROV])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_gossip_outer_steps_are_what_numpy_makes_of_the_matrices(run, where, nesterov, overlap):
@@ -206,10 +205,8 @@ def test_an_outer_step_that_is_not_finite_is_left_out_and_poisons_nobody():
     assert after.tolist() == [1.0] * 4
 
 
-@pytest.mark.parametrize("workers", ["simulated", "mesh"])
-def test_a_period_is_so_many_single_steps_of_an_algorithm_that_mixes_at_every_one(workers):
+def test_a_period_is_so_many_single_steps_of_an_algorithm_that_mixes_at_every_one():
     """Also of one that exchanges twice in a period, and of one that does so every second period."""
-    where = WORKERS if workers == "simulated" else mesh()
     algorithms = [
         cj.mix_after(optax.adam(0.1), gossip()),
         cj.mix_during(optax.sgd(0.1, momentum=0.9), gossip()),
@@ -219,8 +216,8 @@ def test_a_period_is_so_many_single_steps_of_an_algorithm_that_mixes_at_every_on
     ]
     for algorithm in algorithms:
         with jax.enable_x64(True):
-            singly, state = run_singly(algorithm, where, 16, same=True)
-            periods, state_too = run_by_periods(algorithm, where, 16, same=True)
+            singly, state = run_singly(algorithm, WORKERS, 16, same=True)
+            periods, state_too = run_by_periods(algorithm, mesh(), 16, same=True)
         for a, b in zip(singly, periods, strict=True):
             assert_alike(a, b, 1e-9)
         assert_alike(state, state_too, 1e-9)
