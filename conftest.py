@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the time of a test is LLVM's, and what LLVM makes of a program is not what most tests are about: without its
 # optimization a contract of an algorithm needs half of the time. A test of bits, memory, a schedule or many rounds has
 # the marker `full_compilation`; `make test-all` has it for all. By jax.config: what tests start in other processes is
-# compiled as users do.
+# compiled as users do, without the fixture `compiled_alike`.
 # There is no compilation cache. It saves nothing more, and a step of workers of two devices behind a switch that
 # jaxlib 0.10.2 reads from it for CPUs hangs or aborts: its collectives no longer wait for each other.
 CHEAP = "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ
@@ -38,11 +38,12 @@ compiler.get_compile_options = compile_options
 
 
 @pytest.fixture
-def compiled_alike():
-    """The environment of a process that compiles as this one does, to the same bits."""
-    cheap = jax.config.read("jax_disable_most_optimizations")
-    flags = [f"--{name}={value}".lower() for name, value in QUICKLY.items()] if cheap else []
-    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(cheap), "XLA_FLAGS": " ".join(flags)}
+def compiled_alike(monkeypatch):
+    """Processes that the test starts compile as this one does, to the same bits."""
+    jax.jit(lambda: 0)()  # now this one has read its XLA_FLAGS
+    if jax.config.read("jax_disable_most_optimizations"):
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        monkeypatch.setenv("XLA_FLAGS", " ".join(f"--{name}={value}".lower() for name, value in QUICKLY.items()))
 
 
 # Tracing makes objects by the hundred thousand that live as long as their program: looked through less often.

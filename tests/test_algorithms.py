@@ -153,7 +153,8 @@ def random_params(dtype=np.float32):
 
 def loss_fn(params, model_state, batch, key):
     """Softmax regression on hidden units with BatchNorm and dropout, in plain JAX."""
-    x, label = batch
+    x, label, own_key = batch
+    key = jnp.where(own_key.all(), key, jax.random.key(0))
     h = x @ params["body"]["w"]
     mean, var = h.mean(0), h.var(0)
     h = (h - mean[None]) / jnp.sqrt(var[None] + 1e-5) * params["body"]["scale"][None] + params["body"]["bias"][None]
@@ -166,9 +167,11 @@ def loss_fn(params, model_state, batch, key):
 
 
 def random_batch(step, num_workers=WORKERS, per_worker=8, dtype=np.float32):
+    """Images, labels, and, for each worker as often, whether its dropout is its own or that of the others."""
     rng = np.random.default_rng([7, step])
     x = rng.normal(size=(num_workers, per_worker, FEATURES)).astype(dtype)
-    return x, rng.integers(CLASSES, size=(num_workers, per_worker)).astype(np.int32)
+    label = rng.integers(CLASSES, size=(num_workers, per_worker)).astype(np.int32)
+    return x, label, np.ones_like(label, bool)
 
 
 def optimizer():
@@ -192,8 +195,8 @@ def train(name, where, steps, dtype=np.float32):
 
 @functools.cache
 def three_steps(name):
-    """On a mesh, for all tests of that program: `(state, metrics, step)`."""
-    return train(name, mesh(), 3)[:3]
+    """On a mesh, for all tests of that program: `(state, metrics, step, algorithm)`."""
+    return train(name, mesh(), 3)
 
 
 def mixed_only(name, readings, tree):
@@ -238,12 +241,13 @@ def test_mean_or_mass_is_preserved_and_workers_agree_after_a_while_at_learning_r
 
 @every_algorithm
 def test_identical_workers_stay_identical_bit_for_bit(name):
-    algorithm = ALGORITHMS[name].make(optimizer(), WORKERS, random_params())
-    same_key = lambda params, model_state, batch, key: loss_fn(params, model_state, batch, jax.random.key(0))
-    step, state = make_train_step(same_key, algorithm, mesh()), start(algorithm, mesh())
+    _, _, step, algorithm = three_steps(name)
+    state = start(algorithm, mesh())
     for t in range(5):
-        same = jax.tree.map(lambda x: np.broadcast_to(x[:1], x.shape), random_batch(t))
+        x, label, own_key = random_batch(t)
+        same = *(np.broadcast_to(x[:1], x.shape) for x in (x, label)), ~own_key
         state, _ = step(state, place(same, mesh()), jnp.int32(t))
+    assert step._cache_size() == 1
     if name == "push_sum":  # x_i += u is not scaled by w_i: equal updates push unequal weights apart, as in the paper
         assert cj.consensus_distance(state.params) > 0
         return
@@ -262,7 +266,7 @@ def test_equal_data_and_dropout_give_workers_different_gradients():
 @every_algorithm
 def test_one_compilation_donated_state_and_the_promised_collectives(name):
     contract = ALGORITHMS[name]
-    state, _, step = three_steps(name)
+    state, _, step, _ = three_steps(name)
     assert step._cache_size() == 1
     compiled = step.lower(state, place(random_batch(0), mesh()), jnp.int32(0)).compile()
     text = compiled.as_text()
@@ -288,7 +292,7 @@ def test_mesh_is_simulation_in_float64_over_20_steps(name):
 
 @pytest.mark.parametrize("name", ["crossover", "push_sum", "bfloat16"])
 def test_mesh_is_simulation_in_float32_over_3_steps(name):
-    on_mesh, metrics, _ = three_steps(name)
+    on_mesh, metrics, _, _ = three_steps(name)
     simulated, also, _, _ = train(name, WORKERS, 3)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (on_mesh, metrics), (simulated, also)
@@ -323,7 +327,7 @@ def test_one_worker_is_plain_optax(name):
 
 def deterministic_loss(params, model_state, batch, key):
     """Per-example losses only: neither BatchNorm nor dropout, so a batch is the average of its parts."""
-    x, label = batch
+    x, label, _ = batch
     h = jax.nn.relu(x @ params["body"]["w"] * params["body"]["scale"][None] + params["body"]["bias"][None])
     loss = optax.softmax_cross_entropy_with_integer_labels(h @ params["head"]["w"], label).mean()
     return loss, (model_state, {"loss": loss})

@@ -186,8 +186,8 @@ def test_nothing_finite_becomes_infinite(pool, wire, dtype):
         x = np.tile(np.array([largest, -largest, also, 1, 0, 1e-6], jnp.dtype(dtype)), (WORKERS, 50))
         one = x.copy()
         one[1:, :150] = 0
+        step = cj.per_worker(cj.gossip(POOLS[pool], cj.by_size(4), wire=wire), WORKERS, (1,))
         for tree in (x, one):
-            step = cj.per_worker(cj.gossip(POOLS[pool], cj.by_size(4), wire=wire), WORKERS, (1,))
             mixed = jnp.asarray(tree)
             for t in range(3):
                 mixed = step(mixed, jnp.int32(t))

@@ -26,7 +26,6 @@ from experiments.step import Diverged
 
 ROOT = pathlib.Path(__file__).parents[2]
 N, STEPS = 8, 6
-QUICK = ("allreduce", "crossover", "local_sgd")  # without a round, by channels, behind a condition
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +86,12 @@ def read_rows(workdir):
 # ---- the same run ----
 
 
-@pytest.mark.full_compilation  # as users compile, of whose runs the bits are promised
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
-)
+# By channels as users compile, of whose runs the bits are promised (`make test-all` compiles them all like that);
+# without a round, and behind a condition.
+MARKS = {"crossover": pytest.mark.full_compilation, "allreduce": (), "local_sgd": ()}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in ALGORITHMS])
 def test_a_run_resumed_is_the_run_that_was_never_stopped(name, config, tmp_path):
     if name != "crossover":
         config = changed(config, algorithm=name, crossover__local_steps=1)
@@ -635,7 +636,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_what_cannot_be_written_is_said_and_the_run_goes_on(config, undisturbed, tmp_path, compiled_alike):
+@pytest.mark.usefixtures("compiled_alike")
+def test_what_cannot_be_written_is_said_and_the_run_goes_on(config, undisturbed, tmp_path):
     """Files may not grow beyond 60 kB, as on a disk that is full; the checkpoints of step 4 and before are there."""
     workdir = stopped_at(4, undisturbed[0], tmp_path / "run")
     flags = [
@@ -645,7 +647,7 @@ def test_what_cannot_be_written_is_said_and_the_run_goes_on(config, undisturbed,
     ]
     flags += ["--config.model.options={'hidden': (32,)}", "--config.schedule.learning_rate=0.02"]
     command = [sys.executable, "-c", FULL, f"--workdir={workdir}", *flags]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", **compiled_alike}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert "WARNING: the checkpoint of step 6 could not be saved, the run goes on; the last whole one is" in done.stdout

@@ -468,6 +468,7 @@ def command(*arguments):
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.usefixtures("compiled_alike")
 def test_the_command_trains_and_ends_with_a_table(config, tmp_path):
     done = command(*arguments(config, tmp_path))
     assert done.returncode == 0, done.stderr
