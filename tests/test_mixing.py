@@ -343,8 +343,14 @@ def test_narrow_messages_are_so_long(wire, sent_as, share):
 
 
 @pytest.mark.full_compilation
-@pytest.mark.parametrize("num_workers", [8, 64])
-@pytest.mark.parametrize("wire", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("num_workers", "wire"),
+    [
+        *((8, wire) for wire in ("bfloat16", "int8", "int4")),
+        (64, "int4"),
+        *(pytest.param(64, wire, marks=pytest.mark.slow) for wire in ("bfloat16", "int8")),
+    ],
+)
 def test_ten_thousand_narrow_rounds_keep_the_sum_and_leave_workers_a_rounding_apart(wire, num_workers):
     """Nothing moves once all messages say the same, so when all values lie within one step Δ of the wire, with a
     variance of at most (Δ/2)², and Δ²/12 if they lie there anywhere alike."""
@@ -452,9 +458,10 @@ def test_long_messages_of_rows_are_filled_up_to_whole_blocks(form, wire):
 
 
 @pytest.mark.full_compilation
-@pytest.mark.parametrize("wire", [None, "int8"])
 @pytest.mark.parametrize(
-    "table", [cj.topology.shuffle(12, 4, seed=1), cj.topology.stream(12, 4, every=2)], ids=["all", "some at home"]
+    ("table", "wire"),
+    [(cj.topology.shuffle(12, 4, seed=1), "int8"), (cj.topology.stream(12, 4, every=2), None)],
+    ids=["all", "some at home"],
 )
 def test_channels_in_groups_exchange_the_same_bits_as_all_at_once(table, wire):
     mesh = places(8)["mesh"]

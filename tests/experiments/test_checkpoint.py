@@ -87,8 +87,8 @@ def read_rows(workdir):
 
 
 # By channels as users compile, of whose runs the bits are promised (`make test-all` compiles them all like that);
-# without a round, and behind a condition.
-MARKS = {"crossover": pytest.mark.full_compilation, "allreduce": (), "local_sgd": ()}
+# and behind a condition.
+MARKS = {"crossover": pytest.mark.full_compilation, "local_sgd": ()}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in ALGORITHMS])

@@ -92,7 +92,7 @@ def assert_close(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), got, expected)
 
 
-@pytest.mark.parametrize("other", ["one device each", "simulated"])
+@pytest.mark.parametrize("other", [pytest.param("one device each", marks=pytest.mark.slow), "simulated"])
 def test_workers_of_two_devices_train_as_workers_of_one_with_the_whole_batch(other):
     state, metrics, _ = trained("two devices each")
     expected, expected_metrics, _ = trained(other)

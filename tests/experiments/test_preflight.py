@@ -76,6 +76,7 @@ def test_operations_are_those_of_the_layers(pod):
     assert found["step"]["operations_per_chip"] == forward + gradients
 
 
+@pytest.mark.tools  # a time, which other tests beside it would change
 @pytest.mark.parametrize(("num_workers", "over"), [(64, "flat"), pytest.param(16384, "all", marks=pytest.mark.slow)])
 def test_the_exchange_of_resnet50_compiles_for_16384_chips_in_20_seconds(num_workers, over):
     """64 workers of a slice of 256 chips each, and as many workers as chips."""

@@ -111,9 +111,7 @@ def test_a_key_without_a_value_or_below_a_name_is_one_line(argument, message, tm
     assert "\n" not in error.value.code
 
 
-@pytest.mark.parametrize(
-    "way", [["experiments/train.py"], ["-m", "experiments.train"], ["experiments/preflight.py"]], ids=" ".join
-)
+@pytest.mark.parametrize("way", [["-m", "experiments.train"], ["experiments/preflight.py"]], ids=" ".join)
 def test_as_a_script_and_as_a_module_a_misspelt_key_is_one_line(way, tmp_path):
     """A script is started from another folder: what it imports lies beside it, not where one stands."""
     script = [os.fspath(ROOT / way[0])] if len(way) == 1 else way

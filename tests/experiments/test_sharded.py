@@ -60,8 +60,18 @@ def run(program, mesh):
     return state, metrics
 
 
-@pytest.mark.parametrize("inside", INSIDE)
-@pytest.mark.parametrize("algorithm", ["crossover_paper", "sgp"])  # by_module, whole
+# `crossover_paper` cuts at modules, `sgp` not at all; each is shown with two of the five, the rest is `slow`.
+SHOWN = {("crossover_paper", "both"), ("crossover_paper", "tensor"), ("sgp", "data"), ("sgp", "fsdp")}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "inside"),
+    [
+        pytest.param(algorithm, inside, marks=() if (algorithm, inside) in SHOWN else pytest.mark.slow)
+        for algorithm in ("crossover_paper", "sgp")
+        for inside in INSIDE
+    ],
+)
 def test_sharding_inside_a_worker_does_not_change_the_training(algorithm, inside):
     state, metrics = whole(algorithm)
     program, mesh = make(algorithm, *INSIDE[inside], devices=4 * WORKERS)
@@ -83,7 +93,10 @@ def test_sharding_inside_a_worker_does_not_change_the_training(algorithm, inside
         )
 
 
-@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize(
+    "inside",
+    [pytest.param(name, marks=() if name in ("data", "all") else pytest.mark.slow) for name in INSIDE],
+)
 def test_one_model_leaves_a_worker_in_a_round_and_nothing_is_gathered_between_workers(inside):
     program, mesh = make("crossover", *INSIDE[inside], devices=4 * WORKERS)
     shapes = cj.copies(program.init, mesh, specs=program.specs)

@@ -108,7 +108,7 @@ def test_runs_of_one_program_are_one_group(study):
     assert all(len({run.arm for run in group} & {"b"}) in (0, 1) for group in groups)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_is_that_of_train_py(lanes, data_dir, tmp_path):
     study = Study(small_config(), {"a": Arm("p", {"algorithm": "crossover"})}, learning_rates=(0.1, 0.2), curve=1)
     study.config.dataset.data_dir = str(data_dir)

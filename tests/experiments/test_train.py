@@ -237,7 +237,7 @@ def comparable(rows):
 
 
 # Two devices per worker: with a cut at modules, because `by_size` cuts each device's own part.
-@pytest.mark.parametrize(("name", "num_devices"), [("allreduce", 8), ("crossover", 8), ("crossover_paper", 16)])
+@pytest.mark.parametrize(("name", "num_devices"), [("crossover", 8), ("crossover_paper", 16)])
 def test_simulation_and_mesh_report_the_same(name, num_devices, config, tmp_path):
     config = changed(config, algorithm=name, eval_batch_size=160)
     _, simulated = train.train(config, tmp_path / "simulated")

@@ -74,6 +74,7 @@ train.app.run(train.main, flags_parser=train.flags.parse_flags)
 """
 
 
+@pytest.mark.tools  # as all that kills a process
 @pytest.mark.usefixtures("compiled_alike")
 def test_a_killed_run_leaves_every_row_to_tensorboard_too(config, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments(config, tmp_path), "--config.steps=6"], cwd=ROOT)

@@ -173,7 +173,7 @@ def test_drawn_pools_take_as_many_rounds_as_measured(build, num_workers, rounds)
     assert (abs(np.mean(needed, axis=0) - rounds) < tolerance).all()
 
 
-@pytest.mark.parametrize(("num_workers", "weight"), [(8, 1.34), (64, 1.48)])
+@pytest.mark.parametrize(("num_workers", "weight"), [(8, 1.34), pytest.param(64, 1.48, marks=pytest.mark.slow)])
 def test_without_load_balancing_the_average_moves(num_workers, weight):
     squares = []
     for seed in range(100):
