@@ -60,8 +60,15 @@ def run(program, mesh):
     return state, metrics
 
 
-@pytest.mark.parametrize("inside", INSIDE)
-@pytest.mark.parametrize("algorithm", ["crossover_paper", "sgp"])  # by_module, whole
+# By modules, and whole: where "both" is right, each alone is so too.
+@pytest.mark.parametrize(
+    ("algorithm", "inside"),
+    [
+        *(("crossover_paper", inside) for inside in INSIDE),
+        *(("sgp", inside) for inside in INSIDE if inside not in ("fsdp", "tensor")),
+        *(pytest.param("sgp", inside, marks=pytest.mark.slow) for inside in ("fsdp", "tensor")),
+    ],
+)
 def test_sharding_inside_a_worker_does_not_change_the_training(algorithm, inside):
     state, metrics = whole(algorithm)
     program, mesh = make(algorithm, *INSIDE[inside], devices=4 * WORKERS)
