@@ -91,18 +91,14 @@ def test_without_decay_it_is_optax():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *results)
 
 
-LAYERS = 9
-
-
 def test_averaged_norms_cost_one_small_all_reduce():
-    """Two numbers a layer: of the 54 of ResNet-50 not 800 bytes."""
-    params = {f"layer{i}": {"w": jnp.ones((64, 64)), "b": jnp.ones(64)} for i in range(LAYERS)}
+    params = {f"layer{i}": {"w": jnp.ones((64, 64)), "b": jnp.ones(64)} for i in range(54)}  # ResNet-50's number
     sent = {}
     for axis in (None, "worker"):
         algorithm = cj.crossover_sgd(reference(axis), WORKERS)
         update = lambda p, s, a=algorithm: a.update(p, s, p, 0)
         sent[axis] = wire_bytes(update, params, algorithm.init(params), num_workers=WORKERS)
-    assert sent["worker"] - sent[None] == 2 * (WORKERS - 1) / WORKERS * LAYERS * 2 * 4
+    assert sent["worker"] - sent[None] == 2 * (WORKERS - 1) / WORKERS * 54 * 2 * 4 < 4096
 
     few = dict(list(params.items())[:9])  # as many as it takes to see that they share one
     mesh = cj.make_mesh(WORKERS, devices=jax.devices()[:WORKERS])
