@@ -636,6 +636,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.tools  # in a process of its own; failing saves in this one are below
 @pytest.mark.usefixtures("compiled_alike")
 def test_what_cannot_be_written_is_said_and_the_run_goes_on(config, undisturbed, tmp_path):
     """Files may not grow beyond 60 kB, as on a disk that is full; the checkpoints of step 4 and before are there."""

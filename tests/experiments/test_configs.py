@@ -38,7 +38,7 @@ def switches(program, config):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in ("hierarchical", "crossover") else pytest.mark.slow) for name in SENT],
+    [pytest.param(name, marks=() if name == "hierarchical" else pytest.mark.slow) for name in SENT],
 )
 def test_imagenet_as_the_paper_ran_it(name):
     config = imagenet_config(name)

@@ -108,6 +108,7 @@ WIRE_BYTES = {
     "crossover": lambda: 4 * 7 * math.ceil(sum(SEGMENTS) / 7),  # 7 equal segments, the last one padded
     "crossover_phases": lambda: 4 * 3 * math.ceil(sum(SEGMENTS) / 3),
     "crossover_paper": lambda: MODEL_BYTES,
+    "outer": lambda: 4 * 7 * math.ceil(sum(SEGMENTS) / 7) / 16,  # after each 16 steps
     "crossover_no_balance": lambda: pulled(SEGMENTS),
     "crossover_no_segments": lambda: MODEL_BYTES,
     "crossover_neither": lambda: pulled([sum(SEGMENTS)]),
@@ -389,7 +390,7 @@ def test_an_earlier_run_is_not_written_over(config, tmp_path):
         (dict(simulate="no", inner__fsdp=3), "must divide the 8 devices of a worker, got 3 and 1"),
         (dict(inner__fsdp=2), "must be 1 where workers are simulated, got 2 and 1"),
         (dict(inner__tensor=0), "`config.inner.tensor` must be at least 1, got 0"),
-        (dict(crossover__wire="int4"), "`config.crossover.wire` must be one of float32, .*, got 'int4'"),
+        (dict(crossover__wire="int2"), "`config.crossover.wire` must be one of float32, .*, got 'int2'"),
         (dict(crossover__cut="columns"), "`config.crossover.cut` must be one of size, rows, got 'columns'"),
         (dict(clip_norm=0.0), "`config.clip_norm` must be None or positive, got 0.0"),
         (dict(schedule__cosine__end=1.5), "`config.schedule.cosine.end` must be from 0 to 1, got 1.5"),
