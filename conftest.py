@@ -24,7 +24,9 @@ jax.config.update("jax_disable_most_optimizations", CHEAP)
 
 # Of the rest two thirds are what XLA sets up for each fusion and for each of the 32 parts it compiles a program in,
 # however small: without both a step of three layers compiles in a fourth of the time, to the same collectives.
-QUICKLY = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+QUICKLY = {"xla_cpu_parallel_codegen_split_count": 1}
+if jax.__version_info__ < (0, 11):  # later jaxlibs have no others
+    QUICKLY["xla_cpu_use_fusion_emitters"] = False
 options_of_jax = compiler.get_compile_options
 
 
