@@ -22,7 +22,7 @@ def period(step: OneStep, length: int) -> OneStep:
 
     What a step does `every` so many steps (`outer`, `every`, `local_sgd`) costs no conditional where that is `length`:
     the exchange stands once, behind the last step. With `outer(..., overlap=True)` it needs only what the period began
-    with: on TPUs it starts before the loop over the steps and ends behind it (docs/scaling.md).
+    with: on TPUs it starts before the loop over the steps and ends behind it (docs/language_models.md).
 
     The step must hand on `t` itself, as `algorithm.update(grads, state, params, t)`, or `step=t` to `as_optax`. The
     last step is compiled on its own if it differs from the others, so compilation takes up to twice as long.
