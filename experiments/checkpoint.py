@@ -136,7 +136,9 @@ class Checkpoints:
         with contextlib.suppress(Diverged, NotSaved):  # of a run that ends by another error; else `wait` has raised it
             self._wait()
         self._thread.shutdown()
-        self._manager.close()
+        # Of a save that failed all is said; orbax' threads may still stumble over what was cleared away behind it.
+        with contextlib.nullcontext() if self._whole else contextlib.suppress(OSError):
+            self._manager.close()
 
     def _wait(self) -> None:
         if self._saving is None:

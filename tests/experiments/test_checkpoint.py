@@ -680,6 +680,18 @@ def test_a_run_whose_first_checkpoint_cannot_be_written_does_not_go_on(config, t
     assert rows[-1]["step"] == STEPS
 
 
+def test_what_orbax_stumbles_over_behind_a_failed_save_does_not_hide_why_it_failed(config, tmp_path, monkeypatch):
+    """Its thread of metadata may find that the unfinished folder has been cleared away."""
+    fill_the_disk(monkeypatch)
+
+    def stumble(self):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "close", stumble)
+    with pytest.raises(checkpoint.NotSaved, match=r"^the first checkpoint, of step 0, could not be saved"):
+        train.train(changed(config), tmp_path)
+
+
 def test_a_folder_of_checkpoints_that_cannot_be_made_is_one_sentence(config, tmp_path):
     (tmp_path / checkpoint.FOLDER).touch()
     with pytest.raises(checkpoint.NotSaved, match=r"/checkpoints must be a folder that can be written: ") as error:
