@@ -23,12 +23,17 @@ _AROUND: contextvars.ContextVar[Around | None] = contextvars.ContextVar("around"
 
 
 @contextlib.contextmanager
-def tracing(around: Around) -> Iterator[None]:
-    token = _AROUND.set(around)
+def holding(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+    """The variable has this value while the context lasts."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _AROUND.reset(token)
+        variable.reset(token)
+
+
+def tracing(around: Around) -> contextlib.AbstractContextManager[None]:
+    return holding(_AROUND, around)
 
 
 def around() -> Around:

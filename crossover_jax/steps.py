@@ -2,14 +2,14 @@
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Integer
 
-from crossover_jax.axes import check_axis, same_on_all_workers, vary
+from crossover_jax.axes import check_axis, holding, same_on_all_workers, vary
 from crossover_jax.leaves import PyTree
 
 Step = Integer[Array, ""] | int | np.integer
@@ -26,13 +26,8 @@ class Place:
 _PLACE: contextvars.ContextVar[Place | None] = contextvars.ContextVar("place", default=None)
 
 
-@contextlib.contextmanager
-def tracing_at(place: Place) -> Iterator[None]:
-    token = _PLACE.set(place)
-    try:
-        yield
-    finally:
-        _PLACE.reset(token)
+def tracing_at(place: Place) -> contextlib.AbstractContextManager[None]:
+    return holding(_PLACE, place)
 
 
 def is_due(step: Step, every: int) -> bool | None:
