@@ -272,9 +272,11 @@ def wire_bytes_per_step(algorithm: cj.Algorithm, params: PyTree, config: ml_coll
     """
     state = jax.eval_shape(algorithm.init, params)
     own = own_keys(config)
-    # Between two exchanges nothing travels, and the reference of `renew_every` is renewed after so many steps.
-    period = 1 if own.get("stream") else own.get("local_steps") or own.get("every") or 1
-    last_steps = range(period - 1, max(8 * period, own.get("renew_every") or 0), period)
+    every, renew_every = own.get("local_steps") or own.get("every") or 1, own.get("renew_every")
+    every = 1 if own.get("stream") else every
+    num_steps = max(8 * every, renew_every or 0)
+    # Between two exchanges nothing travels; but the reference may be renewed there, which no `every` foresees.
+    sending = range(num_steps) if renew_every else range(every - 1, num_steps, every)
 
     def sent(step: int) -> float:
         def update(params, state):
@@ -282,4 +284,4 @@ def wire_bytes_per_step(algorithm: cj.Algorithm, params: PyTree, config: ml_coll
 
         return wire_bytes(update, params, state, num_workers=config.num_workers)
 
-    return sum(map(sent, last_steps)) / (period * len(last_steps))
+    return sum(map(sent, sending)) / num_steps

@@ -79,6 +79,17 @@ def test_what_an_outer_algorithm_sends_per_step(config, keys, models):
     )  # segments of whole 1024s
 
 
+def test_a_renewal_between_two_exchanges_is_counted(config):
+    """After the 50th step, where no exchange of every fourth stands."""
+    keys = {"crossover__local_steps": 4, "crossover__renew_every": 50, "outer__every": 16}
+    config = changed(config, algorithm="crossover", **keys)
+    params = {"kernel": jax.ShapeDtypeStruct((512, 1024), np.float32)}
+    algorithm = make_algorithm(config, make_optimizer(config, 8), params)
+    model = 4 * 512 * 1024
+    expected = (12 * model + 2 * 7 / 8 * model) / 50
+    assert wire_bytes_per_step(algorithm, params, config) == pytest.approx(expected, rel=0.02)
+
+
 MISTAKES = {
     "`config.steps` must be a multiple of `config.period` = 3, got 8": {"period": 3},
     "`config.outer.wire` must stay at its default where `config.outer.mix` is 'average'": {
