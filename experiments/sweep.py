@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=pathlib.Path, help="a Python file with get_study()")
     parser.add_argument("--out", required=True, help="CSV")
-    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--data_dir", help="where the data set lies, instead of where the study's config says")
     parser.add_argument("--lanes", type=int, default=1, help="runs that one call trains")
     parser.add_argument("--seeds", type=int, help="of final runs, instead of the study's own number")
     parser.add_argument("--arms", type=lambda text: text.split(","), help="only these")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         out = local_path("--out", args.out)
         study = load_study(args.study)
-        study.config.dataset.data_dir = args.data_dir
+        study.config.dataset.data_dir = args.data_dir or study.config.dataset.data_dir
         arms = select_arms(study.arms, args.arms) if args.arms else study.arms
         study = study._replace(seeds=args.seeds or study.seeds, arms=arms)
         rows = run_missing(study, out, args.lanes)
