@@ -1,0 +1,311 @@
+"""An island: one JAX runtime that trains by itself and exchanges segments with others in the background."""
+
+import asyncio
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from crossover_jax.cuts import Cut
+from crossover_jax.islands.ledger import Publication, Segment
+from crossover_jax.islands.node import PARAMS, STATE, Node
+from crossover_jax.islands.payload import Payload
+from crossover_jax.islands.roster import Roster, Superseded, check_name
+from crossover_jax.islands.state import copied, digest_of, on_host, state_from
+from crossover_jax.islands.transport import Head, LinkError, Tcp, Tls, Transport
+from crossover_jax.leaves import PyTree
+
+
+class NoState(RuntimeError):
+    """There is nothing to begin with: no peer, no checkpoint, and the run has begun already."""
+
+
+class LongAway(RuntimeError):
+    """This process was stopped for so long that it must join anew."""
+
+
+class Island:
+    """This process's place among islands that come and go.
+
+    `roster` says who may be there, `name` who this is, `like` what the parameters look like; `cut` and `wire` are as
+    on a mesh, and the same on all islands. An exchange is due at every `every`-th call of `exchange`. `bind` is the
+    address at which others reach this island, "10.0.3.7:7000"; with `advertise` they are told another. `tls` has its
+    certificate; None, which must be said, is plain text. A link on which nothing moves for `timeout` seconds has
+    failed. Who was away for `patience` seconds has gone.
+
+    Half of the difference of two islands is added on one side and taken away on the other, so the sum over islands is
+    kept, whatever their speed: x_i ← x_i + ½ (Q(x_j) − Q(x_i)) and x_j ← x_j + ½ (Q(x_i) − Q(x_j)), of segments
+    packed since the last such step. Nobody waits for anybody. Raises `ValueError` for a bad name, address or tree.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        name: str,
+        *,
+        like: PyTree,
+        cut: Cut,
+        tls: Tls | None,
+        wire: str | None = None,
+        every: int = 1,
+        bind: str = "127.0.0.1:0",
+        advertise: str | None = None,
+        timeout: float = 10.0,
+        patience: float = 60.0,
+        seed: int = 0,
+        transport: Transport | None = None,
+    ):
+        check_name(name)
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1 step, got {every}.")
+        self.name, self.every, self.patience = name, every, patience
+        self._roster, self._advertise = roster, advertise
+        self._payload = Payload(like, cut, wire)
+        transport = transport or Tcp(bind, tls=tls, timeout=timeout)
+        incarnation = time.time_ns() // 1000
+        self._node = Node(name, incarnation, self._payload.layout, transport, seed=seed, patience=patience)
+        self._number, self._is_publishing = 0, False
+        self._squares: Any = None  # of the last differences, on the devices
+        self._differences = np.full(cut.num_segments, np.nan)  # squared norm of the last one of each segment
+        self._failure: BaseException | None = None
+        self._called_at: float | None = None
+        self._address = ""
+        self._tasks: list[asyncio.Task] = []
+        self._loop = self._start()
+
+    def _start(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+
+        def run() -> None:
+            loop.run_forever()
+            loop.close()
+
+        threading.Thread(target=run, name=f"island {self.name}", daemon=True).start()
+        return loop
+
+    @property
+    def clock(self) -> float:
+        """What all islands have delivered so far, in all their lives, as far as is known here."""
+        return self._node.clock.total
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """The clock in parts, by life of an island: to be kept in a checkpoint, for `join`."""
+        return dict(self._node.clock.counts)
+
+    @property
+    def life(self) -> str:
+        """Name and incarnation: no other process of the run has the same, now or later. A seed for data and dropout."""
+        return f"{self.name}@{self._node.incarnation}"
+
+    # What the training loop calls
+
+    def join(self, state: PyTree, clock: Mapping[str, float] | None = None, *, found: bool | None = None) -> PyTree:
+        """The state to go on from: a peer's, or else the given one.
+
+        `state` is this island's own: out of a checkpoint, with the `clock.counts` that lay beside it, or fresh from
+        the run's seed, with None. A peer's state is taken if there is one, from an island that has itself exchanged
+        since it was started, or that began the run; then learning rate and schedule go on where the run is. A fresh
+        state is used by one island only, the run's founder; who founds is settled by the roster, or said by `found`.
+        Raises `NoState` where there is nothing to begin with, `ValueError` where a peer's state has other shapes.
+        """
+        return self._wait_for(self._join(state, clock, found))
+
+    def exchange(self, params: PyTree, state: PyTree, *, delivered: float = 1.0) -> PyTree:
+        """Add what has arrived to the parameters and offer them to others, without waiting for anybody.
+
+        To be called after each step. `state` is what a newcomer would get, of the structure that `join` was given; it
+        is copied only if somebody asks. `delivered` is what has been trained on since the last call, in the unit of
+        the run's clock: examples, tokens or steps. Raises `Superseded` where a newer process has this island's name,
+        and `LongAway` where this one was stopped for `patience` seconds: then `join` again.
+        """
+        node = self._node
+        self._raise_if_over()
+        node.clock.add(self.life, delivered)
+        node.steps += 1
+        if node.steps % self.every:
+            return params
+        self._look_at_differences()
+        arrived = node.ledger.take(self._number + 1)
+        if arrived:
+            params, self._squares = self._payload.add(params, arrived)
+        if node.wanted[STATE]:
+            self._do(self._hand_over(STATE, {"digest": digest_of(state)}, copied(state)))
+        if node.wanted[PARAMS]:
+            self._do(self._hand_over(PARAMS, {}, self._payload.copied(params)))
+        if not self._is_publishing:
+            self._is_publishing, self._number = True, self._number + 1
+            self._do(self._publish(self._number, self._payload.pack(params)))
+        return params
+
+    def _look_at_differences(self) -> None:
+        """Two islands differ by √2 times their distance to the mean: that is the estimate that the status has."""
+        if self._squares is not None and self._squares.is_ready():
+            squares, self._squares = np.asarray(self._squares), None
+            self._differences = np.where(squares > 0, squares, self._differences)
+            self._node.distance = float(np.sqrt(np.nanmean(self._differences) * len(squares) / 2))
+
+    def leave(self) -> None:
+        """End this life: others are told no more, and nothing is exchanged any longer."""
+        self._wait_for(self._leave())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def status(self) -> Head:
+        """What others can see of this island: steps, clock, participation, distance, the last error of each link."""
+        return self._wait_for(self._status())
+
+    def _raise_if_over(self) -> None:
+        if self._node.over is not None:
+            raise self._node.over
+        if self._failure is not None:
+            raise RuntimeError(
+                f"island {self.name!r} has failed in the background: {self._failure!r}"
+            ) from self._failure
+        if self._called_at is None:
+            raise RuntimeError("`join` must be called before `exchange`: an island begins with the run's state.")
+        now, before = self._loop.time(), self._called_at
+        self._called_at = now
+        if now - before > self.patience:
+            self._called_at = None
+            raise LongAway(
+                f"island {self.name!r} was away for {now - before:.0f} s, longer than `patience`, {self.patience:g} s: "
+                "call `join` again and go on from what it returns."
+            )
+
+    # In the background
+
+    def _do(self, coroutine: Coroutine) -> None:
+        asyncio.run_coroutine_threadsafe(self._watched(coroutine), self._loop)
+
+    def _wait_for(self, coroutine: Coroutine) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _watched(self, coroutine: Coroutine) -> None:
+        """No fault is silent: what fails in the background is raised by the next `exchange`."""
+        try:
+            await coroutine
+        except Superseded as error:
+            self._node.over = error
+        except Exception as error:
+            self._failure = error
+
+    async def _blocking(self, function: Callable, *args: Any) -> Any:
+        return await asyncio.to_thread(function, *args)
+
+    async def _publish(self, number: int, packed: list[Segment]) -> None:
+        try:
+            self._node.publish(Publication(number, await self._blocking(on_host, packed)))
+        finally:
+            self._is_publishing = False
+
+    async def _hand_over(self, what: str, head: Head, arrays: list[Array]) -> None:
+        waiting, self._node.wanted[what] = self._node.wanted[what], []
+        if waiting:
+            found = await self._blocking(on_host, arrays)
+            for future in waiting:
+                if not future.done():
+                    future.set_result((head, found))
+
+    async def _join(self, state: PyTree, clock: Mapping[str, float] | None, found: bool | None) -> PyTree:
+        node, name = self._node, self.name
+        if not self._tasks:
+            self._address = self._advertise or await node.transport.serve(node.answer)
+            known = await self._blocking(self._roster.incarnation, name)
+            node.incarnation = max(node.incarnation, known + 1)
+        node.clock.merge(clock or {})
+        state = await self._first_state(state, clock is not None, found)
+        node.clock.add(self.life, 0.0)
+        self._called_at = math.inf  # the first step may take as long to compile as it likes
+        if not self._tasks:
+            await self._blocking(self._roster.announce, name, self._address, node.incarnation)
+            self._tasks = [asyncio.ensure_future(self._watched(c)) for c in (node.gossip(), self._beat())]
+        return state
+
+    async def _first_state(self, state: PyTree, is_restored: bool, found: bool | None) -> PyTree:
+        """From a peer that has met others, the own checkpoint, a peer's checkpoint, or the seed: in this order."""
+        node, until = self._node, self._loop.time() + self.patience
+        longest = sum(x.size * x.dtype.itemsize for x in jax.eval_shape(copied, state))
+        while True:
+            await self._look_around()
+            said = await self._ask_all()
+            for is_donor in (True, False):
+                peers = [peer for peer, head in said.items() if bool(head.get("donor")) == is_donor]
+                for peer in node.shuffled(peers):
+                    is_last_resort = not is_donor and not is_restored and self._loop.time() > until
+                    if is_donor or (is_last_resort and said[peer].get("origin") == CHECKPOINT):
+                        with contextlib.suppress(LinkError):
+                            head, body = await node.fetch(peer, STATE, longest)
+                            node.origin = f"{peer}, at its step {head.get('steps')}"
+                            return await self._blocking(state_from, head, body, state, peer)
+            if is_restored:
+                node.origin = CHECKPOINT
+                return state
+            founds = found if found is not None else await self._blocking(self._roster.may_found, self.name)
+            if founds:
+                node.is_founder, node.origin = True, "the run's seed"
+                return state
+            if self._loop.time() > until:
+                raise NoState(_NO_STATE.format(name=self.name, patience=self.patience, who=sorted(said) or "nobody"))
+            await asyncio.sleep(min(1.0, self.patience / 10))
+
+    async def _ask_all(self) -> dict[str, Head]:
+        """What each of the others says of itself, if it says anything."""
+        found: dict[str, Head] = {}
+
+        async def ask(peer: str) -> None:
+            with contextlib.suppress(LinkError):
+                found[peer] = await self._node.status(peer)
+
+        await asyncio.gather(*map(ask, list(self._node.members)))
+        return found
+
+    async def _beat(self) -> None:
+        """Say again and again that this island is there, and look who else is."""
+        while True:
+            try:
+                await self._blocking(self._roster.announce, self.name, self._address, self._node.incarnation)
+                if self._node.clock.total:
+                    await self._blocking(self._roster.begun)
+                await self._look_around()
+            except OSError as error:  # the directory is away: go on with whom we know
+                self._node.errors["roster"] = f"{type(error).__name__}: {error}"
+            else:
+                self._node.errors.pop("roster", None)
+            await asyncio.sleep(min(1.0, self.patience / 10))
+
+    async def _look_around(self) -> None:
+        """Read the roster, and learn the names behind addresses that have none."""
+        node, found = self._node, {}
+        for name, address in (await self._blocking(self._roster.members)).items():
+            if name == address:
+                known = [own for own, other in node.members.items() if other == address]
+                with contextlib.suppress(LinkError):
+                    name = known[0] if known else (await node.status(address, address))["from"]
+            if name not in (self.name, address) and address != self._address:
+                found[name] = address
+        node.members = found
+
+    async def _status(self) -> Head:
+        return self._node.hello() | self._node.describe()
+
+    async def _leave(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(OSError):
+            await self._blocking(self._roster.withdraw, self.name)
+        await self._node.transport.close()
+
+
+CHECKPOINT = "a checkpoint"
+_NO_STATE = (
+    "island {name!r} found nothing to begin with in {patience:g} s: the run has been founded, no peer that has met "
+    "another is there (in the roster: {who}), and no checkpoint was given. Give `join` a checkpoint and its clock, "
+    "start the island that founded the run, or begin a new run in an empty roster."
+)

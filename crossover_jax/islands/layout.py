@@ -1,0 +1,40 @@
+"""What islands must have in common, and how the bits of a segment lie in a message."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Segment = tuple[Any, ...]  # what a wire says of it: one vector of bits for each dtype
+
+
+class Layout(NamedTuple):
+    """What islands must have in common, and how the bits of each segment lie."""
+
+    model: str  # stands for names, shapes and dtypes
+    fingerprint: str  # and for cut, wire and protocol
+    segments: Sequence[Sequence[tuple[np.dtype, int]]]  # of each vector of a segment, dtype and length
+    largest: Callable[[int, Segment], float]  # magnitude of what a segment says; NaN or infinite if one number is
+
+    def size(self, segment: int) -> int:
+        """Bytes of a segment."""
+        return sum(dtype.itemsize * length for dtype, length in self.segments[segment])
+
+    def split(self, segment: int, body: bytearray) -> Segment:
+        """The vectors of a segment that lie in a message one behind the other."""
+        parts, start = [], 0
+        for dtype, length in self.segments[segment]:
+            parts.append(np.frombuffer(body, dtype, length, start))
+            start += dtype.itemsize * length
+        return tuple(parts)
+
+    def problem(self, segment: int, mine: Sequence[Segment], theirs: Segment, limit: float) -> str:
+        """What is wrong with a segment that has come: nothing, or one half of a sentence."""
+        largest = self.largest(segment, theirs)
+        # Of a segment that is still zero all may change: the largest of the whole model is the measure.
+        scale = max(self.largest(k, bits) for k, bits in enumerate(mine))
+        if np.isfinite(largest) and largest <= limit * scale:
+            return ""
+        return (
+            f"must be finite and at most {limit:g} times as large as our parameters, {scale:.3g}, and has {largest:g}"
+        )

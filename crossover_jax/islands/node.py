@@ -1,0 +1,347 @@
+"""What an island says to others and answers them: the protocol, in coroutines that know neither sockets nor threads."""
+
+import asyncio
+import collections
+import contextlib
+import itertools
+import logging
+import math
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+
+from crossover_jax.islands.clock import Clock
+from crossover_jax.islands.layout import Layout
+from crossover_jax.islands.ledger import ABORTED, COMMITTED, Ledger, Publication, Segment
+from crossover_jax.islands.peers import deal
+from crossover_jax.islands.roster import Superseded
+from crossover_jax.islands.transport import Conversation, Head, LinkError, Transport
+
+log = logging.getLogger("crossover_jax.islands")
+STATE, PARAMS = "state", "params"
+
+
+class Refused(LinkError):
+    """The other island has answered that it will not, and why."""
+
+
+class Node:
+    """One life of an island, as the others see it.
+
+    An exchange of a segment is one conversation. The one who asks has reserved its own; the other reserves, and says
+    so, or is busy. Both send their bits at once, each looks at what has come, the asker confirms, the other commits
+    and says so, and then the asker commits. If that last word is lost the asker asks for it, and until it has it, its
+    segment stays reserved. A conversation that ends before that is an exchange that did not happen.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: int,
+        layout: Layout,
+        transport: Transport,
+        *,
+        seed: int = 0,
+        patience: float = 30.0,
+        limit: float = 100.0,
+    ):
+        self.name, self.incarnation, self.layout, self.transport = name, incarnation, layout, transport
+        self.patience, self.limit = patience, limit
+        self.ledger = Ledger(len(layout.segments))
+        self.clock = Clock()
+        self.members: dict[str, str] = {}  # addresses of the others, by name or, where that is unknown, by themselves
+        self.incarnations: dict[str, int] = {}  # the newest that was heard of, by name
+        self.over: Exception | None = None  # why this life must end
+        self.is_founder, self.origin = False, ""
+        self.steps, self.exchanged, self.due = 0, 0, 0
+        self.distance = math.nan
+        self.errors: dict[str, str] = {}  # the last of each link, until it works again
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.wanted: dict[str, list[asyncio.Future]] = {STATE: [], PARAMS: []}
+        self._published_at = -math.inf
+        self._published = asyncio.Event()
+        self._not_before: dict[
+            str, tuple[float, float]
+        ] = {}  # of peers that failed: until when, and how long next time
+        self._dealt: tuple[int, list[list[str]]] = -1, []
+        self._rng = np.random.default_rng([seed, incarnation % (1 << 32), *name.encode()])
+        self._ids = itertools.count()
+
+    # What the island calls
+
+    def publish(self, publication: Publication) -> None:
+        """Offer what has just been packed."""
+        self.ledger.publish(publication)
+        self._published_at = asyncio.get_running_loop().time()
+        self.due += len(self.layout.segments) if self.members else 0
+        self._published.set()
+        self._published = asyncio.Event()
+
+    def is_donor(self) -> bool:
+        """Whether newcomers may take their state from here: it has met another in this life, or began the run."""
+        return self.exchanged > 0 or self.is_founder
+
+    def shuffled(self, peers: list[str]) -> list[str]:
+        """In an order of this life's own."""
+        return [peers[i] for i in self._rng.permutation(len(peers))]
+
+    async def gossip(self) -> None:
+        """Exchange every segment of every publication, for ever; a peer that hangs holds up one segment only."""
+        async with asyncio.TaskGroup() as group:
+            for segment in range(len(self.layout.segments)):
+                group.create_task(self._gossip_of(segment))
+
+    async def _gossip_of(self, segment: int) -> None:
+        while True:
+            published, now = self._published, self.ledger.now
+            for peer in self._peers(now.number, segment) if now else ():
+                if not self.ledger.is_offered(segment) or await self.exchange(segment, peer):
+                    break
+            await published.wait()
+
+    def _peers(self, number: int, segment: int) -> list[str]:
+        if self._dealt[0] != number:
+            now = asyncio.get_running_loop().time()
+            living = [peer for peer in self.members if self._not_before.get(peer, (0.0, 0.0))[0] <= now]
+            self._dealt = number, deal(self.name, living, len(self.layout.segments), self._rng)
+        return self._dealt[1][segment]
+
+    # Asking
+
+    async def exchange(self, segment: int, peer: str) -> bool:
+        """Exchange one segment with one peer; whether it took place."""
+        id = f"{self.name}@{self.incarnation}:{next(self._ids)}"
+        publication = self.ledger.reserve(segment, id)
+        if publication is None:
+            return False
+        theirs, granted, outcome = None, None, ABORTED
+        try:
+            async with self._conversation(peer, "exchange", segment=segment, id=id) as (conversation, head):
+                if "granted" in head:
+                    theirs = await self._swap(conversation, segment, publication)
+                    granted = head.get("incarnation")
+                    await conversation.send({"confirm": True})
+                    head, _ = await conversation.receive()
+                    granted = None  # the other has spoken: there is nothing to ask for
+                    self._raise_if_refused(head)
+                    outcome = head.get("outcome", ABORTED)
+                self.counts["busy"] += "busy" in head
+        except LinkError as error:
+            self._note(peer, error)
+            if granted is not None:
+                outcome = await self._outcome(peer, id, granted)
+        finally:
+            took_place = outcome == COMMITTED and theirs is not None and self.ledger.commit(id, theirs)
+            if not took_place:
+                self.ledger.abort(id)
+        self.exchanged += took_place
+        return took_place
+
+    async def _swap(self, conversation: Conversation, segment: int, publication: Publication) -> Segment:
+        """Both segments at once; theirs, if it is good. Raises `LinkError`."""
+        longest = self.layout.size(segment)
+        sending = asyncio.ensure_future(conversation.send({}, *publication.segments[segment]))
+        try:
+            _, body = await conversation.receive(longest)
+            await sending
+        finally:
+            sending.cancel()
+            with contextlib.suppress(asyncio.CancelledError, LinkError):
+                await sending
+        problem = f"must have {longest} bytes; it has {len(body)}"
+        if len(body) == longest:
+            theirs = self.layout.split(segment, body)
+            problem = self.layout.problem(segment, publication.segments, theirs, self.limit)
+            if not problem:
+                return theirs
+        await conversation.send({"refused": f"segment {segment} {problem}"})
+        raise LinkError(f"refused: segment {segment} {problem}")
+
+    async def _outcome(self, peer: str, id: str, incarnation: int) -> str:
+        """What an exchange came to whose last word was lost; aborted if nobody is left who knows."""
+        loop = asyncio.get_running_loop()
+        until, wait = loop.time() + self.patience, 0.1
+        while loop.time() < until and self.incarnations.get(peer, incarnation) == incarnation:
+            try:
+                async with self._conversation(peer, "outcome", id=id) as (_, head):
+                    if head.get("incarnation") == incarnation:
+                        return head.get("outcome", ABORTED)
+            except LinkError:
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, 2.0)
+        self.counts["outcomes that nobody knew"] += 1
+        return ABORTED
+
+    async def status(self, peer: str, address: str | None = None) -> Head:
+        """What a peer says of itself, or whoever is at an address. Raises `LinkError`."""
+        async with self._conversation(peer, "status", address) as (conversation, head):
+            if conversation.peer not in (None, head.get("from")):
+                raise LinkError(f"the certificate is that of {conversation.peer!r}, not of {head.get('from')!r}")
+            return head
+
+    async def fetch(self, peer: str, what: str, longest: int, address: str | None = None) -> tuple[Head, bytearray]:
+        """A peer's `STATE` or `PARAMS`, of one moment. Raises `LinkError`."""
+        async with self._conversation(peer, what, address) as (conversation, head):
+            while "ready" not in head:
+                head, _ = await conversation.receive()
+                self._raise_if_refused(head)
+            return await conversation.receive(longest)
+
+    @contextlib.asynccontextmanager
+    async def _conversation(
+        self, peer: str, do: str, address: str | None = None, **request: Any
+    ) -> AsyncIterator[tuple[Conversation, Head]]:
+        """One with a peer, or with whoever is at an address, and the first answer in it."""
+        where = address or self.members.get(peer)
+        if where is None:
+            raise LinkError(f"{peer} is not in the roster")
+        async with self.transport.connect(where, None if address else peer) as conversation:
+            await conversation.send(self.hello() | {"do": do} | request)
+            head, _ = await conversation.receive()
+            self._raise_if_refused(head)
+            self._hear(head)
+            self._not_before.pop(peer, None)
+            self.errors.pop(peer, None)
+            yield conversation, head
+
+    def _raise_if_refused(self, head: Head) -> None:
+        if "refused" in head:
+            if head.get("superseded"):
+                self._supersede(head["superseded"])
+            raise Refused(f"refused: {head['refused']}")
+
+    def _note(self, peer: str, error: LinkError) -> None:
+        """Keep what went wrong with a link, and leave it alone for a while."""
+        wait = self._not_before.get(peer, (0.0, 1.0))[1]
+        self._not_before[peer] = asyncio.get_running_loop().time() + wait, min(2 * wait, 30.0)
+        if self.errors.get(peer) != str(error):
+            log.warning("%s, exchange with %s: %s", self.name, peer, error)
+        self.errors[peer] = str(error)
+        self.counts["failed"] += 1
+
+    # Answering
+
+    async def answer(self, conversation: Conversation) -> None:
+        """One conversation that another has begun."""
+        head, _ = await conversation.receive()
+        refusal = self._refusal(head, conversation.peer)
+        if refusal:
+            self.counts["refused"] += 1
+            log.warning("%s refused %r: %s", self.name, head.get("from"), refusal["refused"])
+            await conversation.send(self.hello() | refusal)
+            return
+        self._hear(head)
+        if head["do"] == "exchange":
+            await self._answer_exchange(conversation, head)
+        elif head["do"] == "outcome":
+            await conversation.send(self.hello() | {"outcome": self.ledger.abort(str(head.get("id")))})
+        elif head["do"] == "status":
+            await conversation.send(self.hello() | self.describe())
+        else:
+            await self._answer_fetch(conversation, head["do"])
+
+    def _refusal(self, head: Head, peer: str | None) -> Head | None:
+        name, incarnation, do = head.get("from"), head.get("incarnation"), head.get("do")
+        if not isinstance(name, str) or not isinstance(incarnation, int) or not isinstance(head.get("clock"), dict):
+            return {"refused": "a message that is not in this protocol"}
+        if do not in ("exchange", "outcome", "status", STATE, PARAMS):
+            return {"refused": f"{do!r} is nothing that can be asked for"}
+        if peer is not None and peer != name:
+            return {"refused": f"the certificate is that of {peer!r}, not of {name!r}"}
+        if do != "status" and head.get("model") != self.layout.model:
+            return {"refused": "another model: names, shapes or dtypes of its parameters differ"}
+        if do == "exchange" and head.get("fingerprint") != self.layout.fingerprint:
+            return {"refused": "another cut, wire or version of the protocol: fingerprints differ"}
+        if do != "exchange":
+            return None
+        newest = self.incarnations.get(name, 0)
+        if incarnation < newest:
+            return {"refused": f"a newer process has the name {name!r}", "superseded": newest}
+        segment = head.get("segment")
+        if not isinstance(segment, int) or not 0 <= segment < len(self.layout.segments) or "id" not in head:
+            return {"refused": f"there is no segment {segment!r}"}
+        return None
+
+    async def _answer_exchange(self, conversation: Conversation, head: Head) -> None:
+        segment, id = head["segment"], str(head["id"])
+        is_old = asyncio.get_running_loop().time() - self._published_at > self.patience
+        publication = None if is_old else self.ledger.reserve(segment, id)
+        if publication is None:
+            await conversation.send(self.hello() | {"busy": "old" if is_old else True})
+            return
+        try:
+            await conversation.send(self.hello() | {"granted": publication.number})
+            theirs = await self._swap(conversation, segment, publication)
+            said, _ = await conversation.receive()
+            self._raise_if_refused(said)
+            if said.get("confirm") is True and self.ledger.commit(id, theirs):
+                self.exchanged += 1
+        except LinkError as error:
+            self.errors[head["from"]] = str(error)
+            raise
+        finally:
+            outcome = self.ledger.abort(id)  # does nothing once it has been committed
+        await conversation.send({"outcome": outcome})
+
+    async def _answer_fetch(self, conversation: Conversation, what: str) -> None:
+        if what == STATE and not self.is_donor():
+            await conversation.send(self.hello() | {"refused": "has met no other island in this life yet"})
+            return
+        future = asyncio.get_running_loop().create_future()
+        self.wanted[what].append(future)
+        await conversation.send(self.hello() | {"wait": True})
+        while not (await asyncio.wait([future], timeout=1.0))[0]:
+            await conversation.send({"wait": True})  # so that the other sees that somebody is there
+        await conversation.send({"ready": True})
+        head, arrays = future.result()
+        await conversation.send(self.hello() | {"steps": self.steps} | head, *arrays)
+
+    # What all messages carry
+
+    def hello(self) -> Head:
+        """Who says this, in which life, of which model, and how far the run is."""
+        return {
+            "from": self.name,
+            "incarnation": self.incarnation,
+            "model": self.layout.model,
+            "fingerprint": self.layout.fingerprint,
+            "clock": self.clock.counts,
+        }
+
+    def _hear(self, head: Head) -> None:
+        name, incarnation, counts = head.get("from"), head.get("incarnation"), head.get("clock")
+        if not isinstance(name, str) or not isinstance(incarnation, int):
+            raise LinkError("an answer that is not in this protocol")
+        if name == self.name and incarnation > self.incarnation:
+            self._supersede(incarnation)
+        self.incarnations[name] = max(incarnation, self.incarnations.get(name, 0))
+        if isinstance(counts, dict):
+            self.clock.merge(
+                {life: n for life, n in counts.items() if isinstance(n, int | float) and 0 <= n < math.inf}
+            )
+
+    def _supersede(self, incarnation: int) -> None:
+        self.over = Superseded(
+            f"a newer process has the name {self.name!r} (incarnation {incarnation}, this one is {self.incarnation}): "
+            "this one must end."
+        )
+
+    def describe(self) -> Head:
+        """What there is to see of this island from outside."""
+        age = asyncio.get_running_loop().time() - self._published_at
+        return {
+            "steps": self.steps,
+            "total": self.clock.total,
+            "publication": self.ledger.now.number if self.ledger.now else None,
+            "age": round(age, 3) if math.isfinite(age) else None,
+            "origin": self.origin,
+            "donor": self.is_donor(),
+            "exchanged": self.exchanged,
+            "due": self.due,
+            "distance": self.distance if math.isfinite(self.distance) else None,
+            "errors": self.errors,
+            "counts": dict(self.counts),
+            "members": sorted(self.members),
+            "incarnations": self.incarnations,
+        }

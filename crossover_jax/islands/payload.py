@@ -1,0 +1,186 @@
+"""From parameters to what islands send of them, and from what has arrived to parameters: two compiled functions."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from crossover_jax.cuts import Cut, Packing
+from crossover_jax.islands.layout import Layout, Segment
+from crossover_jax.islands.ledger import Arrival
+from crossover_jax.leaves import PyTree, flatten, travels, widened
+from crossover_jax.wire import BLOCK, LARGEST, Wire, check_wire
+
+PROTOCOL = 1
+
+
+class Payload:
+    """How one tree of parameters, cut and worded, travels between islands.
+
+    A segment is one vector of bits for each dtype of the leaves that travel. `pack` and `add` are compiled once. What
+    is sent is a copy, so the parameters may be donated to the next step.
+    """
+
+    def __init__(self, like: PyTree, cut: Cut, wire: str | None):
+        names, leaves, self._tree = flatten(like)
+        self._moving = [i for i, leaf in enumerate(leaves) if travels(leaf)]
+        if not self._moving:
+            raise ValueError("`like` must have a leaf of floating-point numbers, or nothing would travel; it has none.")
+        check_wire(wire)
+        self._wire = Wire(wire)
+        shapes = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+        self._leaves = [shapes[i] for i in self._moving]
+        self._packings = cut.packings([names[i] for i in self._moving], self._leaves)
+        self._says: list[list[Any]] = [
+            _shape_of(packing, self._leaves) for packing in self._packings
+        ]  # of each packing and segment
+        bits = jax.eval_shape(self._pack, self._leaves)
+        self._zeros = [tuple(np.zeros(x.shape, x.dtype) for x in segment) for segment in bits]
+        model = digest([[name, list(x.shape), str(x.dtype)] for name, x in zip(names, shapes, strict=True)])
+        vectors = [[(np.dtype(x.dtype), x.size) for x in segment] for segment in bits]
+        order = [[packing.leaves, packing.bounds, packing.split] for packing in self._packings]
+        self.layout = Layout(model, digest([PROTOCOL, model, wire, order]), vectors, self.largest)
+        self.num_params = sum(x.size for x in self._leaves)
+        self.num_bytes = sum(x.size * x.dtype.itemsize for x in self._leaves)
+        self._packed, self._added = jax.jit(self._pack), jax.jit(self._add)
+
+    def pack(self, params: PyTree) -> list[Segment]:
+        """What is sent of each segment, still on the devices."""
+        return self._packed(self._of(params))
+
+    def add(self, params: PyTree, arrived: Sequence[Arrival]) -> tuple[PyTree, Array]:
+        """The parameters with ½ (theirs − mine) added to each segment that has arrived; ‖theirs − mine‖² of each."""
+        mine, theirs = list(self._zeros), list(self._zeros)
+        for arrival in arrived:
+            mine[arrival.segment], theirs[arrival.segment] = arrival.mine, arrival.theirs
+        moved, squares = self._added(self._of(params), mine, theirs)
+        return self._with(params, moved), squares
+
+    def copied(self, params: PyTree) -> list[Array]:
+        """Copies of the leaves that travel, on the devices."""
+        return [jnp.copy(leaf) for leaf in self._of(params)]
+
+    def mean(self, like: PyTree, bodies: Sequence[bytearray]) -> PyTree:
+        """The mean of several islands' `copied` leaves, and what does not travel from `like`."""
+        means, start = [], 0
+        for x in self._leaves:
+            of_each = [np.frombuffer(body, x.dtype, x.size, start).astype(widened(x.dtype)) for body in bodies]
+            means.append(np.mean(of_each, axis=0).reshape(x.shape).astype(x.dtype))
+            start += x.size * x.dtype.itemsize
+        return self._with(like, means)
+
+    def _with(self, tree: PyTree, moved: Sequence[Any]) -> PyTree:
+        leaves = jax.tree.leaves(tree)
+        for i, leaf in zip(self._moving, moved, strict=True):
+            leaves[i] = leaf
+        return self._tree.unflatten(leaves)
+
+    def largest(self, k: int, segment: Segment) -> float:
+        """The largest magnitude of what the bits of segment `k` say; NaN or infinite if one of the numbers is."""
+        return max(self._largest(bits, says[k]) for bits, says in zip(segment, self._says, strict=True))
+
+    def _largest(self, bits: np.ndarray, said: Any) -> float:
+        if bits.size == 0:
+            return 0.0
+        dtype, most = np.dtype(said.dtype), 1
+        if not self._wire.is_narrower(said):
+            dtype = np.zeros(0, dtype).real.dtype
+        elif self._wire.name in LARGEST:
+            scales = bits[-4 * -(-said.size // BLOCK) :]
+            bits, dtype, most = scales, np.dtype(np.float32), LARGEST[self._wire.name]
+        else:
+            dtype = np.dtype(jnp.dtype(self._wire.name))
+        # Magnitudes are ordered as the integers that their bits are without the sign, and so are infinities and NaN.
+        whole = bits.view(f"uint{8 * dtype.itemsize}")
+        largest = (whole & ~whole.dtype.type(1 << 8 * dtype.itemsize - 1)).max()
+        return float(largest.view(dtype)) * most
+
+    def _of(self, params: PyTree) -> list[Any]:
+        leaves = jax.tree.leaves(params)
+        return [leaves[i] for i in self._moving]
+
+    def _pack(self, leaves: list[Array]) -> list[Segment]:
+        found = []
+        for packing, says in zip(self._packings, self._says, strict=True):
+            arrays = _arrays(packing, leaves)
+            for k, said in enumerate(says):
+                parts = [
+                    lax.slice_in_dim(array, bounds[k], bounds[k + 1], axis=dimension).reshape(-1)
+                    for array, (dimension, bounds) in zip(arrays, packing.pieces(), strict=True)
+                ]
+                found.append((k, self._wire.encode(_concatenated(parts, 0, said.dtype))))
+        return [tuple(bits for k, bits in found if k == segment) for segment in range(len(self._says[0]))]
+
+    def _add(self, leaves: list[Array], mine: list[Segment], theirs: list[Segment]) -> tuple[list[Array], Array]:
+        leaves, squares = list(leaves), jnp.zeros(len(mine))
+        for p, (packing, says) in enumerate(zip(self._packings, self._says, strict=True)):
+            differences = []
+            for k, said in enumerate(says):
+                wide = widened(said.dtype)
+                if not said.size:
+                    differences.append(jnp.zeros(0, wide))
+                    continue
+                a, b = (self._wire.decode(of[k][p], said).astype(wide) for of in (mine, theirs))
+                differences.append((b - a) / 2)
+                squares = squares.at[k].add(jnp.sum(jnp.abs(b - a) ** 2).astype(jnp.float32))
+            for i, difference in _leaves_of(packing, differences, leaves):
+                leaves[i] = (leaves[i].astype(difference.dtype) + difference).astype(leaves[i].dtype)
+        return leaves, squares
+
+
+def _arrays(packing: Packing, leaves: list[Array]) -> list[Array]:
+    """What a packing cuts: the vector of the packed leaves, if there is one, and those that are cut as they are."""
+    vector = [leaves[i].reshape(-1) for i in packing.leaves]
+    if vector:
+        padding = packing.bounds[-1] - sum(x.size for x in vector)
+        vector = [jnp.concatenate([*vector, jnp.zeros(padding, vector[0].dtype)])]
+    return vector + [leaves[i][None] for i, *_ in packing.split]
+
+
+def _leaves_of(packing: Packing, segments: list[Array], leaves: list[Array]) -> Iterator[tuple[int, Array]]:
+    """Of one vector for each segment, the part of each leaf: `_arrays` and cutting, backwards."""
+    shapes = [x.shape for x in jax.eval_shape(partial(_arrays, packing), leaves)]
+    starts, whole = [0] * len(segments), []
+    for shape, (dimension, bounds) in zip(shapes, packing.pieces(), strict=True):
+        parts = []
+        for k, segment in enumerate(segments):
+            own = (*shape[:dimension], bounds[k + 1] - bounds[k], *shape[dimension + 1 :])
+            size = math.prod(own)
+            parts.append(segment[starts[k] : starts[k] + size].reshape(own))
+            starts[k] += size
+        whole.append(_concatenated(parts, dimension, segments[0].dtype))
+    at = 0
+    for i in packing.leaves:
+        yield i, whole[0][at : at + leaves[i].size].reshape(leaves[i].shape)
+        at += leaves[i].size
+    for (i, *_), array in zip(packing.split, whole[bool(packing.leaves) :], strict=True):
+        yield i, array[0]
+
+
+def _concatenated(parts: list[Array], dimension: int, dtype: Any) -> Array:
+    parts = [part for part in parts if part.size]  # at an empty one XLA:CPU may end the process
+    return jnp.concatenate(parts, axis=dimension) if parts else jnp.zeros(0, dtype)
+
+
+def _shape_of(packing: Packing, leaves: list[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
+    """Of each segment, the shape of its vector of this packing's dtype."""
+    shapes = [x.shape for x in jax.eval_shape(partial(_arrays, packing), leaves)]
+    sizes = [0] * (len(packing.bounds) - 1)
+    for shape, (dimension, bounds) in zip(shapes, packing.pieces(), strict=True):
+        rest = math.prod(shape[:dimension] + shape[dimension + 1 :])
+        sizes = [size + rest * (end - start) for size, start, end in zip(sizes, bounds, bounds[1:], strict=False)]
+    first, *_ = [*packing.leaves, *(i for i, *_ in packing.split)]
+    return [jax.ShapeDtypeStruct((size,), leaves[first].dtype) for size in sizes]
+
+
+def digest(said: Any) -> str:
+    """What stands for something that must be the same on two sides."""
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
