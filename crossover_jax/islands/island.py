@@ -117,7 +117,7 @@ class Island:
         """
         return self._wait_for(self._join(state, clock, found))
 
-    def exchange(self, params: PyTree, state: PyTree, *, delivered: float = 1.0) -> PyTree:
+    def exchange(self, params: PyTree, state: PyTree, *, delivered: float | int = 1) -> PyTree:
         """Add what has arrived to the parameters and offer them to others, without waiting for anybody.
 
         To be called after each step. `state` is what a newcomer would get, of the structure that `join` was given; it

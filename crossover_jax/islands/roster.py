@@ -7,7 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from crossover_jax.islands.transport import split_address
 
@@ -16,6 +16,7 @@ class Superseded(RuntimeError):
     """A newer process has this island's name: this one must end."""
 
 
+@runtime_checkable
 class Roster(Protocol):
     """Islands that may be there. All calls may block; `Island` makes them outside of the training loop."""
 

@@ -4,12 +4,15 @@ import asyncio
 import collections
 import contextlib
 import selectors
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from crossover_jax.islands.island import Island
+from crossover_jax.islands.roster import Roster
 from crossover_jax.islands.transport import Conversation, Head, LinkError
+from crossover_jax.leaves import PyTree
 
 
 class VirtualTime(asyncio.SelectorEventLoop):
@@ -65,7 +68,7 @@ class Network:
         self._tasks: set[asyncio.Task] = set()
 
     def transport(self, name: str) -> "SimulatedTransport":
-        """The end of this island, whose address is its name."""
+        """The end of this island, whose address is its name and ":1"."""
         return SimulatedTransport(self, name)
 
     def passes(self, one: str, other: str) -> bool:
@@ -105,20 +108,20 @@ class SimulatedTransport:
 
     async def serve(self, answer: Callable[[Conversation], Awaitable[None]]) -> str:
         self.network._answers[self.name] = answer
-        return self.name
+        return f"{self.name}:1"
 
     @contextlib.asynccontextmanager
     async def connect(self, address: str, name: str | None):
-        network = self.network
+        network, peer = self.network, address.removesuffix(":1")
         await asyncio.sleep(network.delay(self.name, 0))
-        if address in network.dead or address not in network._answers:
-            raise LinkError(f"{address}: refused")
-        if not network.passes(self.name, address):
+        if peer in network.dead or peer not in network._answers:
+            raise LinkError(f"{peer}: refused")
+        if not network.passes(self.name, peer):
             await asyncio.sleep(network.timeout)
-            raise LinkError(f"{address}: nothing moved for the time-out")
-        mine, other = _Queues(network, self.name, address), _Queues(network, address, self.name)
+            raise LinkError(f"{peer}: nothing moved for the time-out")
+        mine, other = _Queues(network, self.name, peer), _Queues(network, peer, self.name)
         mine.other, other.other = other, mine
-        network.begin(network._answers[address], other)
+        network.begin(network._answers[peer], other)
         try:
             yield mine
         finally:
@@ -175,3 +178,38 @@ class _Queues:
 
     def close(self) -> None:
         self._put(None, 0.0)
+
+
+class SimulatedIsland(Island):
+    """An `Island` of a `Network`, to be used inside of a `VirtualTime`, where `joined` and `left` are awaited.
+
+    `exchange` is `Island`'s own, and so is all that happens behind it.
+    """
+
+    def __init__(self, network: Network, roster: Roster, name: str, **keys: Any):
+        self.network = network
+        super().__init__(roster, name, tls=None, transport=network.transport(name), **keys)
+
+    def _start(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    async def _blocking(self, function: Callable, *args: Any) -> Any:
+        return function(*args)
+
+    async def joined(self, state: PyTree, clock: Mapping[str, float] | None = None, *, found: bool | None = None):
+        """As `Island.join`."""
+        return await self._join(state, clock, found)
+
+    async def left(self) -> None:
+        """As `Island.leave`."""
+        await self._leave()
+
+    def status(self) -> Head:
+        """As `Island.status`."""
+        return self._node.hello() | self._node.describe()
+
+    def kill(self) -> None:
+        """End this life without a word, as SIGKILL does."""
+        for task in self._tasks:
+            task.cancel()
+        self.network._answers.pop(self.name, None)

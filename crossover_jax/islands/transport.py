@@ -6,7 +6,7 @@ import json
 import ssl
 import struct
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 Head = dict[str, Any]
 LONGEST_HEAD = 1 << 20  # bytes
@@ -18,6 +18,7 @@ class LinkError(OSError):
     """A conversation has ended early: refused, cut, silent for too long, or not in our protocol."""
 
 
+@runtime_checkable
 class Conversation(Protocol):
     """Two islands taking turns, in one connection. `peer` is the name in the other's certificate; None without TLS.
 
@@ -33,6 +34,7 @@ class Conversation(Protocol):
         """The next message. One with a longer body than `longest` bytes is refused before it is read."""
 
 
+@runtime_checkable
 class Transport(Protocol):
     """How islands reach each other: what `Island` needs of a network, and what a test can put in its place."""
 
