@@ -29,7 +29,7 @@ class VirtualTime(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now
 
-    def _jump(self, seconds: float) -> None:
+    def _jump(self, seconds: float | int) -> None:
         self._now += seconds
 
 
@@ -38,7 +38,7 @@ class _Jumping(selectors.DefaultSelector):
         super().__init__()
         self._jump = jump
 
-    def select(self, timeout: float | None = None) -> Any:
+    def select(self, timeout: Any = None) -> Any:
         if timeout is None:
             raise RuntimeError("everybody waits, and nothing is going to happen")
         self._jump(timeout)
@@ -84,8 +84,9 @@ class Network:
         self.sent[sender] = self.sent.get(sender, 0) + size
         return self._free_at[sender] - now + (self._rng.exponential(self.latency) if self.latency else 0.0)
 
-    def is_lost(self) -> bool:
-        """Whether the next message is one that never arrives."""
+    def loses(self, head: Head) -> bool:
+        """Whether this message never arrives."""
+        del head
         return bool(self.loss) and self._rng.random() < self.loss
 
     def begin(self, answer: Callable[[Conversation], Awaitable[None]], conversation: "_Queues") -> None:
@@ -149,7 +150,8 @@ class _Queues:
         await asyncio.sleep(0)
 
     def _put(self, message: Any, seconds: float) -> None:
-        self._is_cut = self._is_cut or self.network.is_lost()
+        head = message[0] if message else {}
+        self._is_cut = self._is_cut or self.network.loses(head)
         if self._is_cut:  # a stream has no gaps: what comes behind what was lost does not come either
             return
         loop = asyncio.get_running_loop()

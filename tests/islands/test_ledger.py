@@ -5,7 +5,7 @@ from crossover_jax.islands.ledger import Ledger, Publication
 
 
 def publication(number, *values):
-    return Publication(number, [(np.array([value]),) for value in values])
+    return Publication(number, [(np.array([value]),) for value in values], max(values))
 
 
 def test_a_segment_takes_part_in_one_exchange_at_a_time():

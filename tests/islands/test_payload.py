@@ -112,16 +112,16 @@ def test_what_is_not_finite_is_seen_in_the_bits(wire, bad):
         bits = segment[0].copy()
         bits[-1:] = np.array([bad], kind).view(bits.dtype)
     assert not np.isfinite(payload.largest(0, (bits,)))
-    assert "finite" in payload.layout.problem(0, [segment], (bits,), 100.0)
+    assert "finite" in payload.layout.problem(0, (bits,), 1.0, 100.0)
 
 
 def test_absurdly_large_is_a_problem_and_a_segment_that_was_zero_may_change():
     x = {"a": jnp.zeros(300), "b": jnp.ones(300)}
     payload = Payload(x, by_module(x), None)
     zero, ones = on_host(payload.pack(x))
-    assert not payload.layout.problem(0, [zero, ones], ones, 100.0)
+    assert not payload.layout.problem(0, ones, payload.layout.scale([zero, ones]), 100.0)
     huge = (np.full(300, 200.0, np.float32),)
-    assert "at most 100 times" in payload.layout.problem(0, [zero, ones], huge, 100.0)
+    assert "at most 100 times" in payload.layout.problem(0, huge, 1.0, 100.0)
 
 
 def test_fingerprints_differ_where_bits_would_be_misread():
