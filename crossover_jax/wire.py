@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -29,7 +30,7 @@ class Wire(NamedTuple):
     name: str | None = None
     toward_zero: bool = False
 
-    def is_narrower(self, x: Array) -> bool:
+    def is_narrower(self, x: Array | jax.ShapeDtypeStruct) -> bool:
         """Whether messages say less than the vector `x`."""
         return (
             self.name is not None
@@ -75,7 +76,7 @@ class Wire(NamedTuple):
         coded = (_halved(whole) if self.name == "int4" else whole, scale)
         return jnp.concatenate([lax.bitcast_convert_type(y, jnp.uint8).reshape(-1) for y in coded])
 
-    def decode(self, message: Array, x: Array) -> Array:
+    def decode(self, message: Array, x: Array | jax.ShapeDtypeStruct) -> Array:
         """What a message says, Q(x), where `x` has the dtype and size of what it speaks of.
 
         >>> wire, x = Wire("int8"), jnp.array([127.0, 0.4, -3.6])

@@ -26,7 +26,7 @@ class Clock:
         """Examples that all islands have delivered in all their lives."""
         return sum(self.counts.values())
 
-    def add(self, life: str, delivered: float) -> None:
+    def add(self, life: str, delivered: float | int) -> None:
         """Count what this life has delivered since the last call."""
         self.counts[life] = self.counts.get(life, 0.0) + delivered
 

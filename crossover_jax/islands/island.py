@@ -71,12 +71,13 @@ class Island:
         incarnation = time.time_ns() // 1000
         self._node = Node(name, incarnation, self._payload.layout, transport, seed=seed, patience=patience)
         self._number, self._is_publishing = 0, False
+        self._has_joined, self._has_left = False, False
         self._squares: Any = None  # of the last differences, on the devices
         self._differences = np.full(cut.num_segments, np.nan)  # squared norm of the last one of each segment
         self._failure: BaseException | None = None
         self._called_at: float | None = None
         self._address = ""
-        self._tasks: list[asyncio.Task] = []
+        self._tasks: set[asyncio.Task] = set()
         self._loop = self._start()
 
     def _start(self) -> asyncio.AbstractEventLoop:
@@ -117,7 +118,7 @@ class Island:
         """
         return self._wait_for(self._join(state, clock, found))
 
-    def exchange(self, params: PyTree, state: PyTree, *, delivered: float = 1.0) -> PyTree:
+    def exchange(self, params: PyTree, state: PyTree, *, delivered: float | int = 1) -> PyTree:
         """Add what has arrived to the parameters and offer them to others, without waiting for anybody.
 
         To be called after each step. `state` is what a newcomer would get, of the structure that `join` was given; it
@@ -153,8 +154,9 @@ class Island:
 
     def leave(self) -> None:
         """End this life: others are told no more, and nothing is exchanged any longer."""
-        self._wait_for(self._leave())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        if not self._has_left:
+            self._wait_for(self._leave())
+            self._loop.call_soon_threadsafe(self._loop.stop)
 
     def status(self) -> Head:
         """What others can see of this island: steps, clock, participation, distance, the last error of each link."""
@@ -167,7 +169,7 @@ class Island:
             raise RuntimeError(
                 f"island {self.name!r} has failed in the background: {self._failure!r}"
             ) from self._failure
-        if self._called_at is None:
+        if self._called_at is None or self._has_left:
             raise RuntimeError("`join` must be called before `exchange`: an island begins with the run's state.")
         now, before = self._loop.time(), self._called_at
         self._called_at = now
@@ -188,21 +190,30 @@ class Island:
 
     async def _watched(self, coroutine: Coroutine) -> None:
         """No fault is silent: what fails in the background is raised by the next `exchange`."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         try:
             await coroutine
         except Superseded as error:
             self._node.over = error
         except Exception as error:
             self._failure = error
+        finally:
+            self._tasks.discard(task)
 
     async def _blocking(self, function: Callable, *args: Any) -> Any:
         return await asyncio.to_thread(function, *args)
 
     async def _publish(self, number: int, packed: list[Segment]) -> None:
         try:
-            self._node.publish(Publication(number, await self._blocking(on_host, packed)))
+            self._node.publish(await self._blocking(self._publication, number, packed))
         finally:
             self._is_publishing = False
+
+    def _publication(self, number: int, packed: list[Segment]) -> Publication:
+        segments = on_host(packed)
+        return Publication(number, segments, self._payload.layout.scale(segments))
 
     async def _hand_over(self, what: str, head: Head, arrays: list[Array]) -> None:
         waiting, self._node.wanted[what] = self._node.wanted[what], []
@@ -214,7 +225,7 @@ class Island:
 
     async def _join(self, state: PyTree, clock: Mapping[str, float] | None, found: bool | None) -> PyTree:
         node, name = self._node, self.name
-        if not self._tasks:
+        if not self._address:
             self._address = self._advertise or await node.transport.serve(node.answer)
             known = await self._blocking(self._roster.incarnation, name)
             node.incarnation = max(node.incarnation, known + 1)
@@ -222,9 +233,11 @@ class Island:
         state = await self._first_state(state, clock is not None, found)
         node.clock.add(self.life, 0.0)
         self._called_at = math.inf  # the first step may take as long to compile as it likes
-        if not self._tasks:
+        if not self._has_joined:
+            self._has_joined = True
             await self._blocking(self._roster.announce, name, self._address, node.incarnation)
-            self._tasks = [asyncio.ensure_future(self._watched(c)) for c in (node.gossip(), self._beat())]
+            self._do(node.gossip())
+            self._do(self._beat())
         return state
 
     async def _first_state(self, state: PyTree, is_restored: bool, found: bool | None) -> PyTree:
@@ -295,11 +308,13 @@ class Island:
         return self._node.hello() | self._node.describe()
 
     async def _leave(self) -> None:
-        for task in self._tasks:
+        self._has_left = True
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         with contextlib.suppress(OSError):
-            await self._blocking(self._roster.withdraw, self.name)
+            await self._blocking(self._roster.withdraw, self.name, self._node.incarnation)
         await self._node.transport.close()
 
 

@@ -28,11 +28,14 @@ class Layout(NamedTuple):
             start += dtype.itemsize * length
         return tuple(parts)
 
-    def problem(self, segment: int, mine: Sequence[Segment], theirs: Segment, limit: float) -> str:
+    def scale(self, segments: Sequence[Segment]) -> float:
+        """The largest magnitude in all segments."""
+        return max(self.largest(k, bits) for k, bits in enumerate(segments))
+
+    def problem(self, segment: int, theirs: Segment, scale: float, limit: float) -> str:
         """What is wrong with a segment that has come: nothing, or one half of a sentence."""
         largest = self.largest(segment, theirs)
-        # Of a segment that is still zero all may change: the largest of the whole model is the measure.
-        scale = max(self.largest(k, bits) for k, bits in enumerate(mine))
+        # Measured by our whole model: of a segment that is still zero all may change.
         if np.isfinite(largest) and largest <= limit * scale:
             return ""
         return (

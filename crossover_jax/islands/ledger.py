@@ -16,6 +16,7 @@ class Publication(NamedTuple):
 
     number: int
     segments: Sequence[Segment]
+    scale: float  # the largest magnitude in all of them
 
 
 class Arrival(NamedTuple):

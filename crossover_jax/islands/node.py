@@ -150,7 +150,7 @@ class Node:
         problem = f"must have {longest} bytes; it has {len(body)}"
         if len(body) == longest:
             theirs = self.layout.split(segment, body)
-            problem = self.layout.problem(segment, publication.segments, theirs, self.limit)
+            problem = self.layout.problem(segment, theirs, publication.scale, self.limit)
             if not problem:
                 return theirs
         await conversation.send({"refused": f"segment {segment} {problem}"})

@@ -31,8 +31,8 @@ class Roster(Protocol):
     def incarnation(self, name: str) -> int:
         """The newest life of this island that was announced; 0 if none is known."""
 
-    def withdraw(self, name: str) -> None:
-        """Say that this island has left."""
+    def withdraw(self, name: str, incarnation: int) -> None:
+        """Say that this life of the island has left."""
 
     def may_found(self, name: str) -> bool:
         """Whether this island is the one that begins the run, from the run's seed."""
@@ -50,7 +50,7 @@ class _Given:
     def incarnation(self, name: str) -> int:
         return 0
 
-    def withdraw(self, name: str) -> None:
+    def withdraw(self, name: str, incarnation: int) -> None:
         pass
 
     def may_found(self, name: str) -> bool:
@@ -137,8 +137,9 @@ class directory:
         found = (_read(self.path / f"{name}.island") or {}).get("incarnation")
         return found if isinstance(found, int) else 0
 
-    def withdraw(self, name: str) -> None:
-        (self.path / f"{name}.island").unlink(missing_ok=True)
+    def withdraw(self, name: str, incarnation: int) -> None:
+        if self.incarnation(name) == incarnation:
+            (self.path / f"{name}.island").unlink(missing_ok=True)
 
     def may_found(self, name: str) -> bool:
         self.path.mkdir(parents=True, exist_ok=True)

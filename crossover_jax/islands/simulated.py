@@ -4,12 +4,15 @@ import asyncio
 import collections
 import contextlib
 import selectors
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from crossover_jax.islands.island import Island
+from crossover_jax.islands.roster import Roster
 from crossover_jax.islands.transport import Conversation, Head, LinkError
+from crossover_jax.leaves import PyTree
 
 
 class VirtualTime(asyncio.SelectorEventLoop):
@@ -26,7 +29,7 @@ class VirtualTime(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now
 
-    def _jump(self, seconds: float) -> None:
+    def _jump(self, seconds: float | int) -> None:
         self._now += seconds
 
 
@@ -35,7 +38,7 @@ class _Jumping(selectors.DefaultSelector):
         super().__init__()
         self._jump = jump
 
-    def select(self, timeout: float | None = None) -> Any:
+    def select(self, timeout: Any = None) -> Any:
         if timeout is None:
             raise RuntimeError("everybody waits, and nothing is going to happen")
         self._jump(timeout)
@@ -65,7 +68,7 @@ class Network:
         self._tasks: set[asyncio.Task] = set()
 
     def transport(self, name: str) -> "SimulatedTransport":
-        """The end of this island, whose address is its name."""
+        """The end of this island, whose address is its name and ":1"."""
         return SimulatedTransport(self, name)
 
     def passes(self, one: str, other: str) -> bool:
@@ -81,8 +84,9 @@ class Network:
         self.sent[sender] = self.sent.get(sender, 0) + size
         return self._free_at[sender] - now + (self._rng.exponential(self.latency) if self.latency else 0.0)
 
-    def is_lost(self) -> bool:
-        """Whether the next message is one that never arrives."""
+    def loses(self, head: Head) -> bool:
+        """Whether this message never arrives."""
+        del head
         return bool(self.loss) and self._rng.random() < self.loss
 
     def begin(self, answer: Callable[[Conversation], Awaitable[None]], conversation: "_Queues") -> None:
@@ -105,20 +109,20 @@ class SimulatedTransport:
 
     async def serve(self, answer: Callable[[Conversation], Awaitable[None]]) -> str:
         self.network._answers[self.name] = answer
-        return self.name
+        return f"{self.name}:1"
 
     @contextlib.asynccontextmanager
     async def connect(self, address: str, name: str | None):
-        network = self.network
+        network, peer = self.network, address.removesuffix(":1")
         await asyncio.sleep(network.delay(self.name, 0))
-        if address in network.dead or address not in network._answers:
-            raise LinkError(f"{address}: refused")
-        if not network.passes(self.name, address):
+        if peer in network.dead or peer not in network._answers:
+            raise LinkError(f"{peer}: refused")
+        if not network.passes(self.name, peer):
             await asyncio.sleep(network.timeout)
-            raise LinkError(f"{address}: nothing moved for the time-out")
-        mine, other = _Queues(network, self.name, address), _Queues(network, address, self.name)
+            raise LinkError(f"{peer}: nothing moved for the time-out")
+        mine, other = _Queues(network, self.name, peer), _Queues(network, peer, self.name)
         mine.other, other.other = other, mine
-        network.begin(network._answers[address], other)
+        network.begin(network._answers[peer], other)
         try:
             yield mine
         finally:
@@ -146,7 +150,8 @@ class _Queues:
         await asyncio.sleep(0)
 
     def _put(self, message: Any, seconds: float) -> None:
-        self._is_cut = self._is_cut or self.network.is_lost()
+        head = message[0] if message else {}
+        self._is_cut = self._is_cut or self.network.loses(head)
         if self._is_cut:  # a stream has no gaps: what comes behind what was lost does not come either
             return
         loop = asyncio.get_running_loop()
@@ -175,3 +180,38 @@ class _Queues:
 
     def close(self) -> None:
         self._put(None, 0.0)
+
+
+class SimulatedIsland(Island):
+    """An `Island` of a `Network`, to be used inside of a `VirtualTime`, where `joined` and `left` are awaited.
+
+    `exchange` is `Island`'s own, and so is all that happens behind it.
+    """
+
+    def __init__(self, network: Network, roster: Roster, name: str, **keys: Any):
+        self.network = network
+        super().__init__(roster, name, tls=None, transport=network.transport(name), **keys)
+
+    def _start(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    async def _blocking(self, function: Callable, *args: Any) -> Any:
+        return function(*args)
+
+    async def joined(self, state: PyTree, clock: Mapping[str, float] | None = None, *, found: bool | None = None):
+        """As `Island.join`."""
+        return await self._join(state, clock, found)
+
+    async def left(self) -> None:
+        """As `Island.leave`."""
+        await self._leave()
+
+    def status(self) -> Head:
+        """As `Island.status`."""
+        return self._node.hello() | self._node.describe()
+
+    def kill(self) -> None:
+        """End this life without a word, as SIGKILL does."""
+        for task in self._tasks:
+            task.cancel()
+        self.network._answers.pop(self.name, None)

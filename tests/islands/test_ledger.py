@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+
+from crossover_jax.islands.ledger import Ledger, Publication
+
+
+def publication(number, *values):
+    return Publication(number, [(np.array([value]),) for value in values], max(values))
+
+
+def test_a_segment_takes_part_in_one_exchange_at_a_time():
+    ledger = Ledger(2)
+    assert ledger.reserve(0, "a") is None  # nothing is published
+    ledger.publish(publication(1, 1.0, 2.0))
+    assert ledger.reserve(0, "a").number == 1
+    assert ledger.reserve(0, "b") is None
+    assert ledger.reserve(1, "b").number == 1
+    ledger.abort("a")
+    assert ledger.reserve(0, "c").number == 1
+
+
+def test_an_exchange_is_decided_once():
+    ledger = Ledger(1)
+    ledger.publish(publication(1, 1.0))
+    ledger.reserve(0, "a")
+    assert ledger.commit("a", (np.array([5.0]),))
+    assert ledger.commit("a", (np.array([5.0]),))  # said again, it is still true
+    assert ledger.abort("a") == "committed"
+    assert len(ledger.take(2)) == 1
+    assert ledger.take(3) == []
+
+    ledger.publish(publication(3, 3.0))
+    ledger.reserve(0, "b")
+    assert ledger.abort("b") == "aborted"
+    assert not ledger.commit("b", (np.array([7.0]),))
+    assert ledger.abort("never heard of") == "aborted"
+    assert ledger.reserve(0, "never heard of") is None  # who was told so must not see it begin later
+
+
+def test_what_was_reserved_of_an_older_publication_is_a_difference_to_that_one():
+    ledger = Ledger(1)
+    ledger.publish(publication(1, 1.0))
+    ledger.reserve(0, "a")
+    ledger.publish(publication(2, 10.0))
+    ledger.commit("a", (np.array([5.0]),))
+    (arrival,) = ledger.take(3)
+    assert arrival.mine[0] == 1.0
+
+
+def test_a_publication_from_before_the_last_difference_is_not_on_offer():
+    ledger = Ledger(1)
+    ledger.publish(publication(1, 1.0))
+    ledger.reserve(0, "a")
+    ledger.commit("a", (np.array([5.0]),))
+    assert not ledger.is_offered(0)  # its difference is not yet added
+    ledger.take(3)
+    ledger.publish(publication(2, 1.0))  # packed before, and late to arrive
+    assert not ledger.is_offered(0)
+    ledger.publish(publication(3, 3.0))
+    assert ledger.is_offered(0)
+
+
+class Forgetful(Ledger):
+    """Does not remember when the last difference was added."""
+
+    def take(self, next_number):
+        arrived = super().take(next_number)
+        self._packed_from = [0] * len(self._packed_from)
+        return arrived
+
+
+@pytest.mark.parametrize("age", [0, 1, 2, 5])
+@pytest.mark.parametrize("kind", [Ledger, Forgetful])
+def test_exchanges_of_publications_of_any_age_converge_and_without_that_rule_they_do_not(kind, age):
+    rng, n = np.random.default_rng(age), 16
+    x = rng.standard_normal(n)
+    before, mean = x.std(), x.mean()
+    ledgers, packed = [kind(1) for _ in range(n)], [[] for _ in range(n)]
+    for t in range(1, 400):
+        for i, ledger in enumerate(ledgers):
+            for arrival in ledger.take(t):
+                x[i] += (arrival.theirs[0][0] - arrival.mine[0][0]) / 2
+            packed[i].append(publication(t, x[i]))
+            ledger.publish(packed[i][max(0, len(packed[i]) - 1 - age)])
+        for i, j in rng.permutation(n).reshape(-1, 2):
+            id = f"{t} {i}"
+            mine = ledgers[i].reserve(0, id)
+            theirs = ledgers[j].reserve(0, id) if mine else None
+            for own, other in ((i, theirs), (j, mine)):
+                if theirs is None:
+                    ledgers[own].abort(id)
+                else:
+                    ledgers[own].commit(id, other.segments[0])
+        if x.std() > 1e6:
+            break
+    assert abs(x.mean() - mean) < 1e-9 * max(1, x.std())
+    if kind is Forgetful and age >= 2:
+        assert x.std() > 1e6
+    else:
+        assert x.std() < 1e-3 * before
