@@ -1,6 +1,7 @@
 """How far a run is, whoever lives and dies: examples delivered by each life of each island, which only grow."""
 
 from collections.abc import Mapping
+from typing import Any
 
 MOST = 1e18  # examples of one life
 LONGEST = 100  # characters of an island's name and incarnation
@@ -24,13 +25,13 @@ class Clock:
     @property
     def total(self) -> float:
         """Examples that all islands have delivered in all their lives."""
-        return sum(self.counts.values())
+        return sum(self.counts.values(), 0.0)
 
     def add(self, life: str, delivered: float | int) -> None:
         """Count what this life has delivered since the last call."""
         self.counts[life] = self.counts.get(life, 0.0) + delivered
 
-    def merge(self, counts: Mapping[str, float]) -> None:
+    def merge(self, counts: Mapping[str, Any]) -> None:
         """Hear another island's counts; what cannot be one is left out."""
         for life, count in counts.items():
             # Of a larger integer the sum would raise, and of a longer name no message would have room.

@@ -150,7 +150,8 @@ class Island:
         if self._squares is not None and self._squares.is_ready():
             squares, self._squares = np.asarray(self._squares), None
             self._differences = np.where(squares > 0, squares, self._differences)
-            self._node.distance = float(np.sqrt(np.nanmean(self._differences) * len(squares) / 2))
+            if not np.isnan(self._differences).all():  # as long as all islands are the same, as at the beginning
+                self._node.distance = float(np.sqrt(np.nanmean(self._differences) * len(squares) / 2))
 
     def leave(self) -> None:
         """End this life: others are told no more, and nothing is exchanged any longer."""

@@ -20,6 +20,7 @@ from crossover_jax.islands.roster import Superseded
 from crossover_jax.islands.transport import Conversation, Head, LinkError, Transport
 
 log = logging.getLogger("crossover_jax.islands")
+KEPT = 64  # errors of others than the roster's
 
 
 class Refused(LinkError):
@@ -220,13 +221,16 @@ class Node:
         """Keep what went wrong with a link, and leave it alone for a while."""
         wait = self._not_before.get(peer, (0.0, 1.0))[1]
         self._not_before[peer] = asyncio.get_running_loop().time() + wait, min(2 * wait, 30.0)
-        self._keep_error(peer, error)
-
-    def _keep_error(self, peer: str, error: LinkError) -> None:
-        if self.errors.get(peer) != str(error):
-            log.warning("%s, exchange with %s: %s", self.name, peer, error)
-        self.errors[peer] = str(error)
         self.counts["failed"] += 1
+        self._keep_error(peer, str(error))
+
+    def _keep_error(self, peer: str, why: str) -> None:
+        """Show it, and log it if it is another one than the last; of peers that nobody knows there may be many."""
+        if self.errors.pop(peer, None) != why:
+            log.warning("%s, exchange with %s: %s", self.name, peer, why)
+        self.errors[peer] = why
+        if len(self.errors) > KEPT + len(self.members):
+            del self.errors[next(iter(self.errors))]
 
     # Answering
 
@@ -236,7 +240,7 @@ class Node:
         refused = refusal(head, conversation.peer, self.layout, self.incarnations)
         if refused:
             self.counts["refused"] += 1
-            log.warning("%s refused %s: %s", self.name, short(head.get("from")), refused["refused"])
+            self._keep_error(short(head.get("from")), f"it was refused: {refused['refused']}")
             await conversation.send(self.hello() | refused)
             return
         self._hear(head)
@@ -265,7 +269,8 @@ class Node:
                 self.exchanged += 1
                 self.errors.pop(head["from"], None)
         except LinkError as error:
-            self._keep_error(head["from"], error)
+            self.counts["failed"] += 1
+            self._keep_error(head["from"], str(error))
             raise
         finally:
             outcome = self.ledger.abort(id)  # does nothing once it has been committed

@@ -43,6 +43,7 @@ async def _look(roster: Roster, tls: Tls | None, timeout: float) -> dict[str, He
             found[name] = {"error": str(error)}
 
     await asyncio.gather(*(ask(name, address) for name, address in roster.members().items()))
+    await node.transport.close()
     return dict(sorted(found.items()))
 
 
@@ -59,6 +60,7 @@ async def _gather(roster: Roster, payload: Payload, tls: Tls | None, timeout: fl
             errors.append(error)
 
     await asyncio.gather(*(fetch(name, address) for name, address in roster.members().items()))
+    await node.transport.close()
     if not bodies:
         raise LinkError(f"no island has handed over its parameters: {errors or 'the roster is empty'}")
     return bodies

@@ -106,7 +106,7 @@ class Tcp:
 
     def __init__(self, bind: str, *, tls: Tls | None, timeout: float = 10.0):
         self.host, self.port = split_address(bind)
-        if self.host in ("", "*"):
+        if self.host in ("", "0.0.0.0", "::", "*"):  # other spellings are found by `serve`
             raise ValueError(_ALL_INTERFACES.format(bind))
         self.tls, self.timeout = tls, timeout
         # asyncio does not send the other side what OpenSSL has to say to it.
@@ -116,7 +116,7 @@ class Tcp:
         self._answering: set[asyncio.Task] = set()
         self._ending: set[asyncio.Task] = set()
         self._listener: socket.socket | None = None
-        self._accepting: asyncio.Task | None = None
+        self._again: asyncio.TimerHandle | None = None
 
     async def serve(self, answer: Callable[[Conversation], Awaitable[None]]) -> str:
         loop = asyncio.get_running_loop()
@@ -126,30 +126,32 @@ class Tcp:
         self._secure(server=True)  # what is wrong with the files is raised here
         self._listener = socket.create_server(address, family=family, backlog=1024)
         self._listener.setblocking(False)
-        self._accepting = loop.create_task(self._accept(self._listener, answer))
+        loop.add_reader(self._listener, self._accept, self._listener, answer)
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self._listener.getsockname()[1]}"
 
-    async def _accept(self, listener: socket.socket, answer: Callable[[Conversation], Awaitable[None]]) -> None:
+    def _accept(self, listener: socket.socket, answer: Callable[[Conversation], Awaitable[None]]) -> None:
         """Each connection in a task of its own from the first byte on: a handshake holds up nobody else."""
         loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(0)  # `sock_accept` gives way to other tasks only when nobody is there
-            try:
-                sock, (host, *_) = await loop.sock_accept(listener)
-            except OSError as error:  # perhaps all file descriptors are in use
-                log.warning("a connection could not be accepted: %s", error)
-                await asyncio.sleep(1.0)
-                continue
-            if len(self._answering) >= OPEN:
-                sock.close()
-                self._refuse(host, f"a connection from {host}: {OPEN} others are being answered")
-                continue
-            task = self._keep(self._answering, self._answered(sock, host, answer))
-            self._waiting[task] = host
-            if len(self._waiting) > WAITING:  # of the host that has most of them, the oldest goes
-                ((crowded, _),) = collections.Counter(self._waiting.values()).most_common(1)
-                next(task for task, host in self._waiting.items() if host == crowded).cancel()
+        try:
+            sock, (host, *_) = listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # perhaps all file descriptors are in use
+            log.warning("a connection could not be accepted: %s", error)
+            loop.remove_reader(listener)
+            self._again = loop.call_later(1.0, loop.add_reader, listener, self._accept, listener, answer)
+            return
+        if len(self._answering) >= OPEN:
+            sock.close()
+            self._refuse(host, f"a connection from {host}: {OPEN} others are being answered")
+            return
+        task = self._keep(self._answering, self._answered(sock, host, answer))
+        task.add_done_callback(lambda _: sock.close())
+        self._waiting[task] = host
+        if len(self._waiting) > WAITING:  # of the host that has most of them, the oldest goes
+            ((crowded, _),) = collections.Counter(self._waiting.values()).most_common(1)
+            next(task for task, host in self._waiting.items() if host == crowded).cancel()
 
     async def _answered(
         self, sock: socket.socket, host: str, answer: Callable[[Conversation], Awaitable[None]]
@@ -161,22 +163,23 @@ class Tcp:
             if self._waiting.pop(task, None):
                 self.refused.pop(host, None)
 
+        seconds = 0.0  # nobody waits for one that has said nothing, or when this transport is closed
         try:
             with _as_link_error(whom, self._if_mute):
                 reader, writer = await self._opened(sock)
             await answer(_Stream(reader, writer, whom, self.timeout, on_head=on_head))
-            await _end(writer, self.timeout)
+            seconds = self.timeout
         except LinkError as error:
             if task in self._waiting:
                 self._refuse(host, str(error))
-            elif writer:  # the last word may be why
-                await _end(writer, self.timeout)
+            else:
+                seconds = self.timeout  # the last word may be why
         except Exception:  # a fault of ours is not the end of the others
             log.exception("a conversation with %s has failed", host)
         finally:
             self._waiting.pop(task, None)
             if writer:
-                writer.transport.abort()
+                await _end(writer, seconds)
 
     async def _opened(self, sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
@@ -205,16 +208,19 @@ class Tcp:
         try:
             yield _Stream(reader, writer, whom, self.timeout, self._if_mute)
         finally:
-            writer.close()  # now, for a task that is cancelled before it has begun does nothing
             self._keep(self._ending, _end(writer, self.timeout))
 
     async def close(self) -> None:
-        tasks = [task for task in (self._accepting, *self._answering, *self._ending) if task]
+        if self._again:
+            self._again.cancel()
+        if self._listener:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+        await asyncio.sleep(0)  # a task that is cancelled before it has begun closes nothing
+        tasks = [*self._answering, *self._ending]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._listener:
-            self._listener.close()
 
     def _secure(self, **how: bool) -> dict[str, Any]:
         if not self.tls:
@@ -228,15 +234,17 @@ class Tcp:
         return task
 
 
-async def _end(writer: asyncio.StreamWriter, timeout: float) -> None:
-    """Send what is still to be sent; one who does not read it would keep the connection open for ever."""
-    writer.close()
+async def _end(writer: asyncio.StreamWriter, seconds: float) -> None:
+    """Send what is still to be sent, but not for ever: the other may not read it."""
     try:
+        writer.close()
         with contextlib.suppress(OSError):
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(seconds):
                 await writer.wait_closed()
     finally:
         writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 class _Stream:

@@ -25,7 +25,7 @@ def layout(model="model", fingerprint="same"):
 class Peer:
     """One island's values [segments, size] on a real socket; `node` and `tcp` are the code under test."""
 
-    def __init__(self, name, *, keys=None, incarnation=1, timeout=2.0, layout=None, tls=None, patience=30.0):
+    def __init__(self, name, *, keys=None, incarnation=1, timeout=5.0, layout=None, tls=None, patience=30.0):
         tls = tls or (Tls.of(str(keys), name) if keys else None)
         self.name, self.tcp = name, Tcp("127.0.0.1:0", tls=tls, timeout=timeout)
         self.node = Node(name, incarnation, layout or globals()["layout"](), self.tcp, patience=patience)
@@ -45,10 +45,11 @@ class Peer:
         arrived = self.node.ledger.take(self.number)
         for arrival in arrived:
             self.values[arrival.segment] += (arrival.theirs[0] - arrival.mine[0]) / 2
-        self.node.publish(Publication(self.number, [(row.copy(),) for row in self.values]))
+        segments = [(row.copy(),) for row in self.values]
+        self.node.publish(Publication(self.number, segments, self.node.layout.scale(segments)))
         return len(arrived)
 
-    async def live(self, period=0.005):
+    async def live(self, period=0.02):
         while True:
             self.step()
             await asyncio.sleep(period)
@@ -87,13 +88,13 @@ async def pair(**keys):
     np.testing.assert_allclose(a.values + b.values, total, rtol=0, atol=1e-12)
 
 
-async def exchanges(a, b, number=20):
+async def exchanges(a, b, number=8):
     """Wait until two islands have exchanged so many segments from now on."""
     before = a.node.exchanged, b.node.exchanged
     await until(lambda: a.node.exchanged >= before[0] + number and b.node.exchanged >= before[1] + number)
 
 
-async def until(holds, seconds=10.0):
+async def until(holds, seconds=30.0):
     """Wait until something holds, or fail."""
     end = time.monotonic() + seconds
     while not holds():
@@ -123,6 +124,7 @@ def run(coroutine, seconds=60.0):
             found = await coroutine
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         await until(lambda: all(task.done() for task in rest))
+        await asyncio.sleep(0.01)  # a transport is closed a little later than it is ended
         return found
 
     loggers = [logging.getLogger(name) for name in ("asyncio", "crossover_jax.islands")]
