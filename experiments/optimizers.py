@@ -87,7 +87,12 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int, peak: float
     own = config.polynomial
     rise = optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup)
     until = max(last - round(own.tail * num_steps), warmup + 1)
-    fall = optax.schedules.polynomial_schedule(peak, own.end * peak, own.power, until - warmup)
+
+    def fall(count):
+        # Not optax' polynomial: compiled, 1 - 60 / 60 may be a little less than zero, and a power of that is NaN.
+        left = jnp.clip(1 - count / (until - warmup), 0, 1)
+        return (1 - own.end) * peak * left**own.power + own.end * peak
+
     return optax.schedules.join_schedules([rise, fall], [warmup])
 
 

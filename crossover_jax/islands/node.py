@@ -186,7 +186,9 @@ class Node:
             while "ready" not in head:
                 head, _ = await conversation.receive()
                 self._raise_if_refused(head)
-            return await conversation.receive(longest)
+            head, body = await conversation.receive(longest)
+            self._hear(head)
+            return head, body
 
     @contextlib.asynccontextmanager
     async def _conversation(

@@ -552,6 +552,14 @@ def test_the_papers_schedule_decays_by_its_power_and_stays_at_the_end(config):
     assert rates == pytest.approx([*((t + 1) / 9 for t in range(8)), *falls, 0.0025, 0.0025], rel=1e-4)
 
 
+@pytest.mark.parametrize("steps", [10, 49, 60, 98])
+def test_the_papers_schedule_is_finite_where_it_ends_compiled_too(config, steps):
+    # Of optax' own the last rate was NaN for 60 steps: 1 − 60 · (1/60) is less than zero, and has no power.
+    config.schedule.update(decay="polynomial", warmup=0.0)
+    schedule = jax.jit(make_schedule(config.schedule, steps, 1.0))
+    assert [float(schedule(t)) for t in (steps, steps + 1, 3 * steps)] == pytest.approx([0.0025] * 3)
+
+
 def test_lars_takes_the_papers_step(config):
     config.optimizer = "lars"
     config.schedule.update(learning_rate=2.0, warmup=0.0)
