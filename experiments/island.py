@@ -16,6 +16,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from experiments import checkpoint, data, flags, processes
 from experiments.checkpoint import Checkpoints, Damaged, NotSaved
 from experiments.islands.program import IslandProgram, make_island_program
 from experiments.program import place_workers
-from experiments.settings import as_json
+from experiments.settings import versions
 from experiments.step import Diverged, TrainState, fetch
 from experiments.workdir import METRICS, append, locked, open_workdir
 
@@ -63,8 +64,10 @@ class Settings(NamedTuple):
     step_log: str | None = None
 
 
-def train(config: Any, workdir: str | pathlib.Path, settings: Settings) -> TrainState:
-    """Train until the run's clock is at its end; this island's last state.
+def train(
+    config: Any, workdir: str | pathlib.Path, settings: Settings, *, devices: Sequence[jax.Device] | None = None
+) -> TrainState:
+    """Train on `devices` (default: all) until the run's clock is at its end; this island's last state.
 
     Raises `ValueError` for settings that do not fit together, `data.DataMissing`, `islands.NoState` where there is
     nothing to begin with, `islands.Superseded` where a newer process has the name, `Diverged`, and `NotSaved`.
@@ -75,7 +78,7 @@ def train(config: Any, workdir: str | pathlib.Path, settings: Settings) -> Train
         alone = config.copy_and_resolve_references()
         with alone.unlocked():
             alone.num_workers, alone.batch_size = 1, config.batch_size // config.num_workers
-        made = make_island_program(config, place_workers(alone, jax.devices()))
+        made = make_island_program(config, place_workers(alone, devices or jax.devices()))
         state, record = restored(workdir, made)
         island = islands.Island(
             settings.roster,
@@ -183,7 +186,8 @@ class _Run:
             "examples": int(self.island.clock),
             "rollbacks": 0,
             "num_workers": 1,
-            "config": as_json(self.made.config),
+            "config": self.made.record,
+            "provenance": versions(),
             "clock": self.island.counts,
             "best": None,
         }
