@@ -122,11 +122,11 @@ class _Run:
         with processes.Preemption() as preemption, contextlib.closing(saves) if saves else contextlib.nullcontext():
             while island.clock < made.total and not preemption.reached(self.own_step):
                 state = self.step(state, next(batches))
-                if self.own_step % config.log_every == 0:
-                    self.row()
+                is_last = island.clock >= made.total
+                if is_last or self.own_step % config.log_every == 0:
+                    self.row(made.evaluate(self.own_step, state) if is_last else {})
                 if saves and self.own_step % every == 0:
                     self.save(saves, state)
-            self.row(made.evaluate(self.own_step, state) if island.clock >= made.total else {})
             if saves:
                 if saves.last != self.own_step:
                     self.save(saves, state)
@@ -157,10 +157,8 @@ class _Run:
                 file.write(line)
         return state._replace(params=params)
 
-    def row(self, more: dict[str, float] | None = None) -> None:
+    def row(self, more: dict[str, float]) -> None:
         """Add a row of metrics. Raises `Diverged`."""
-        if not self.unread:
-            return
         found = fetch(self.own_step - len(self.unread) + 1, self.unread, self.made.program.leaves)
         whole, exchange = np.array(self.seconds).T if self.seconds else np.zeros((2, 1))
         status = self.island.status()
@@ -176,7 +174,7 @@ class _Run:
             "step_seconds_p99": float(np.quantile(whole, 0.99)),
             "exchange_seconds": float(np.median(exchange)),
             "errors": status["errors"],
-            **(more or {}),
+            **more,
         }
         append(self.workdir / METRICS, json.dumps(row) + "\n")
         self.unread, self.seconds = [], []
