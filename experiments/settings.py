@@ -88,7 +88,8 @@ def require_known(key: str, name: str, names: Iterable[str]) -> None:
 def _check_names(config: ml_collections.ConfigDict) -> None:
     known: dict[str, Iterable[str]] = {"dataset.name": data.DATASETS, "model.name": models.MODELS, **CHOICES}
     known |= {"crossover.pool": POOLS, "crossover.cut": CUTS, "outer.mix": ("crossover", "average")}
-    known |= {key: WIRES for key in ("crossover.wire", "outer.wire") if operator.attrgetter(key)(config) is not None}
+    wires = ("crossover.wire", "outer.wire", "des_loc.wire")
+    known |= {key: WIRES for key in wires if operator.attrgetter(key)(config) is not None}
     for key, names in known.items():
         require_known(f"config.{key}", operator.attrgetter(key)(config), names)
 
@@ -100,6 +101,8 @@ def _requirements(config: ml_collections.ConfigDict) -> dict[str, tuple[bool, st
         *("num_workers", "batch_size", "period", "micro_batches", "log_every", "eval_batch_size", "checkpoint.keep"),
         *("crossover.local_steps", "crossover.rounds", "local_sgd.local_steps", "sgp.peers"),
         *("crossover_paper.pool_size", "outer.every", "outer.rounds", "inner.fsdp", "inner.tensor"),
+        *("noloco.every", "noloco.pool_size", "des_loc.every", "des_loc.first_every", "des_loc.second_every"),
+        "des_loc.rounds",
     )
     none_or_at_least_1 = (
         *("steps", "checkpoint.every", "crossover.pool_size", "crossover.segments", "crossover.in_flight"),

@@ -41,7 +41,7 @@ def group_of(key):
 GROUPS = {name: choice for choice, names in settings.CHOICES.items() for name in names}  # and the key that chooses it
 KEYS = {key: value for key, value in settings.flat_settings(default.get_config()).items() if group_of(key) in GROUPS}
 OTHER_WORDS = {"crossover.pool": "balanced", "crossover.cut": "rows", "crossover.wire": "int8"}
-OTHER_WORDS |= {"outer.mix": "average", "outer.wire": "int8"}
+OTHER_WORDS |= {"outer.mix": "average", "outer.wire": "int8", "des_loc.wire": "int8"}
 
 
 def another(key):
