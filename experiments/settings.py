@@ -121,6 +121,10 @@ def _requirements(config: ml_collections.ConfigDict) -> dict[str, tuple[bool, st
         "schedule.warmup": (0 <= schedule.warmup <= 1, "from 0 to 1"),
         "schedule.cosine.end": (0 <= schedule.cosine.end <= 1, "from 0 to 1"),
         "schedule.polynomial.tail": (0 <= tail <= 1 - schedule.warmup, "from 0 to 1 minus the warm-up"),
+        "optimizer": (
+            (config.algorithm, config.optimizer) != ("allreduce", "gossip_adamw"),
+            "another, such as 'adamw', with --config.algorithm=allreduce, whose optimizer sees the average gradient",
+        ),
         "clip_norm": (config.clip_norm is None or config.clip_norm > 0, "None or positive"),
         "label_smoothing": (0 <= config.label_smoothing < 1, "at least 0 and below 1"),
     } | (

@@ -75,6 +75,13 @@ def test_a_key_that_nothing_reads_is_an_error(key, value, config):
         check_settings(changed(config, **{key: value}))
 
 
+def test_an_optimizer_for_one_worker_s_gradients_is_refused_where_it_would_see_their_average(config):
+    message = r"^`config\.optimizer` must be another, such as 'adamw', with --config\.algorithm=allreduce, .*got 'goss"
+    with pytest.raises(ValueError, match=message):
+        check_settings(changed(config, algorithm="allreduce", optimizer="gossip_adamw"))
+    check_settings(changed(config, algorithm="local_sgd", optimizer="gossip_adamw"))
+
+
 # ---- the command line ----
 
 
