@@ -39,29 +39,35 @@ def make_optimizer(
 
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     optimizer = OPTIMIZERS[config.optimizer](rate, scheduled, config.num_workers, **config[config.optimizer])
-    return optax.chain(*clip, optimizer, note_finite())
+    return optax.chain(*clip, optimizer, note_updates())
 
 
-class FiniteState(NamedTuple):
-    finite: jax.Array  # shape=(), dtype=bool
+class NoteState(NamedTuple):
+    count: jax.Array  # shape=(), dtype=int32: of all updates
+    taken: jax.Array  # shape=(), dtype=float32, exact up to 2**24: what `count` was behind the last that was taken
+
+    @property
+    def is_left_out(self) -> jax.Array:
+        """Whether the algorithm left out the last update."""
+        return self.taken != self.count.astype(self.taken.dtype)
 
 
-def note_finite() -> optax.GradientTransformation:
-    """Keep in the state whether the last update was finite, and change nothing.
+def note_updates() -> optax.GradientTransformation:
+    """Keep in the state whether the algorithm has taken the last update, and change nothing.
 
-    The algorithms leave out an update that is not, so that peers do not take a NaN. A run in which every one is left
-    out would go on to its end, having learnt nothing: `train_step` tells it by this flag, which stays although the
-    rest of the state is taken back.
+    The algorithms leave out an update that is not finite, so that peers do not take a NaN. A run in which every one is
+    left out would go on to its end, having learnt nothing: `train_step` tells it by this note. For they then keep what
+    integers count, and take back all floating-point numbers: one number as both comes apart.
     """
 
-    def init(params: PyTree) -> FiniteState:
+    def init(params: PyTree) -> NoteState:
         del params
-        return FiniteState(jnp.bool_(True))
+        return NoteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, FiniteState]:
-        del state, params
-        finite = [jnp.isfinite(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(updates)]
-        return updates, FiniteState(jnp.stack(finite).all())
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, NoteState]:
+        del params
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return updates, NoteState(count, count.astype(jnp.float32))
 
     return optax.GradientTransformation(init, update)
 

@@ -23,7 +23,7 @@ from experiments import (
     train,
 )
 from experiments.algorithms import ALGORITHMS, make_algorithm
-from experiments.optimizers import make_optimizer, make_schedule
+from experiments.optimizers import NoteState, make_optimizer, make_schedule
 from experiments.settings import check_settings
 from experiments.step import Diverged
 from tests.experiments.helpers import BATCH, STEPS, arguments, changed, read_rows, scalars, small_config
@@ -550,6 +550,26 @@ def test_the_papers_schedule_decays_by_its_power_and_stays_at_the_end(config):
     rates = [float(schedule(step)) for step in range(20)]
     falls = [(1 - 0.0025) * (1 - t / 10) ** 2.2 + 0.0025 for t in range(10)]
     assert rates == pytest.approx([*((t + 1) / 9 for t in range(8)), *falls, 0.0025, 0.0025], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_note_tells_of_which_worker_an_update_was_left_out_and_only_then(name, config):
+    """Whatever the algorithm: with an all-reduce of all, else of the one whose gradient is not finite; and no later."""
+    config = changed(config, algorithm=name, optimizer="adamw")  # some travel with its moments
+    params = {"fc": {"kernel": jnp.ones((24, 40)), "bias": jnp.ones(24)}}
+    algorithm = make_algorithm(config, make_optimizer(config, 10), params)
+    step = cj.per_worker(lambda s, g, t: algorithm.update(g, s[1], s[0], t), N, replicated=(2,))
+    state, seen = cj.copies((params, algorithm.init(params)), N), []
+    for t in range(4):
+        grads = cj.copies(params, N)
+        if t in (1, 2):
+            grads["fc"]["bias"] = grads["fc"]["bias"].at[3, 5].set(jnp.nan)
+        state = step(state, grads, jnp.int32(t))
+        is_note = lambda x: isinstance(x, NoteState)
+        (note,) = (x for x in jax.tree.leaves(state[1], is_leaf=is_note) if is_note(x))
+        seen.append(note.is_left_out.tolist())
+    wrong = [name == "allreduce" or i == 3 for i in range(N)]
+    assert seen == [[False] * N, wrong, wrong, [False] * N]
 
 
 def test_lars_takes_the_papers_step(config):
