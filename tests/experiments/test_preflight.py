@@ -1,6 +1,7 @@
 """What a config sends and holds on a pod that is not here, from compiled programs, against counts by hand."""
 
 import json
+import re
 import time
 import types
 
@@ -66,6 +67,19 @@ def test_a_worker_that_is_sharded_holds_and_sends_its_parts(pod):
     assert found["optimizer_bytes_per_chip"] == kernel // 4 + rest + 4 + 8
     (row,) = (row for row in found["exchange"]["collectives"] if row["link"] == "DCN")
     assert kernel + rest <= row["bytes_per_worker"] <= 1.001 * (kernel + rest)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_is_in_flight_across_a_period_is_a_line_of_its_own(overlap, monkeypatch, capsys):
+    """Of a worker of eight chips each sends an eighth of a model and receives one; without overlap none does."""
+    options = {"model__name": "mlp", "model__options": {"hidden": (512,)}, "period": 4, "algorithm": "outer"}
+    found = config(4, **options, outer__every=4, outer__overlap=overlap)
+    flags_of(monkeypatch, found, EXCHANGE_ONLY=False)
+    preflight.main([])
+    printed = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    (value,) = (value for name, value in printed.items() if "in flight across a loop" in name)
+    size = 4 * (784 * 512 + 512 + 512 * 10 + 10) / 2**20
+    assert float(re.match(r"([\d.]+) MiB per chip$", value)[1]) == pytest.approx(2 / 8 * size * overlap, rel=1e-2)
 
 
 def test_operations_are_those_of_the_layers(pod):
