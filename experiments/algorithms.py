@@ -157,7 +157,8 @@ def _noloco(
     """The whole model to one peer, pairs taken in turn."""
     del params
     pool = others.pairs(num_workers, pool_size, seed)
-    return others.noloco(optimizer, cj.gossip(pool, cj.whole(), topology.cycle, specs=specs), **own)
+    of_both = None if specs is None else (specs, specs)  # φ and φ − θ travel together
+    return others.noloco(optimizer, cj.gossip(pool, cj.whole(), topology.cycle, specs=of_both), **own)
 
 
 def _des_loc(

@@ -157,7 +157,7 @@ def add_algorithms(config: ml_collections.ConfigDict) -> None:
     config.noloco.every = 16  # inner steps
     config.noloco.learning_rate = 0.7
     config.noloco.momentum = 0.5
-    config.noloco.pool_size = 64  # drawings of pairs
+    config.noloco.pool_size = 16  # drawings of pairs
     config.noloco.seed = 0
 
     config.des_loc = ml_collections.ConfigDict()

@@ -129,17 +129,19 @@ def tuning_scores(rows: Sequence[Row], arm: str) -> dict[float, float]:
 
 
 def final_rate(study: Study, rows: Sequence[Row], arm: str) -> float:
-    """The learning rate of an arm's final runs. Raises `ValueError` where it has not been tuned."""
+    """The learning rate of an arm's final runs. Raises `ValueError` where it is not known yet."""
     if len(study.learning_rates) == 1:
         return study.learning_rates[0]
-    where = "its results"
     if study.rates_of is not None:
-        where = f"{study.rates_of}.csv"
-        rows = csv_rows.read(RESULTS / where)
+        there = csv_rows.read(RESULTS / f"{study.rates_of}.csv")
+        found = [row["learning_rate"] for row in there if (row["arm"], row["stage"]) == (arm, FINAL)]
+        if not found:
+            raise ValueError(f"{arm!r} must have final runs in {study.rates_of}.csv, whose learning rate it takes.")
+        return found[0]
     lender = study.arms[arm].rate_of or arm
     means = tuning_scores(rows, lender)
     if not means:
-        raise ValueError(f"{lender!r} must be tuned before a run of {arm!r} is trained to its end: no row in {where}.")
+        raise ValueError(f"{lender!r} must be tuned before a run of {arm!r} is trained to its end: it has no row.")
     return max(means, key=means.__getitem__)
 
 

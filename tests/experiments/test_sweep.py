@@ -110,18 +110,25 @@ def test_a_single_learning_rate_is_taken_by_all_arms_and_nothing_is_tuned(study)
     assert runs == [Run(arm, FINAL, 0.3, seed) for arm in "abcd" for seed in range(3)]
 
 
-def test_a_study_may_take_the_learning_rates_of_another_one(study, tmp_path, monkeypatch):
+def test_a_study_may_take_the_learning_rates_of_the_final_runs_of_another_one(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "RESULTS", tmp_path)
     borrows = study._replace(rates_of="other")
-    with pytest.raises(ValueError, match=r"^'a' must be tuned before a run of 'a' .* no row in other\.csv\.$"):
+    rates = {"a": 0.2, "b": 1.6, "c": 0.05}
+    runs = [Run(arm, TUNING, 0.4, 1000) for arm in "abcd"] + [
+        Run(*arm, 0) for arm in zip(rates, [FINAL] * 3, rates.values(), strict=True)
+    ]
+    csv_rows.append(tmp_path / "other.csv", [run._asdict() for run in runs], study_module.KEY)
+    with pytest.raises(ValueError, match=r"^'d' must have final runs in other\.csv, whose learning rate it takes\.$"):
         missing_runs(borrows, [])
-    best = {"a": 0.2, "b": 1.6, "c": 0.05}
-    asked = [Run(arm, TUNING, rate, 1000) for arm in best for rate in (0.05, 0.2, 1.6)]
-    csv_rows.append(tmp_path / "other.csv", tuned(best)(asked), [*study_module.KEY, "accuracy"])
-    found = missing_runs(borrows, [])
-    assert {(run.arm, run.stage, run.learning_rate) for run in found} == {
-        (arm, FINAL, rate) for arm, rate in (best | {"d": 1.6}).items()
-    }
+    del borrows.arms["d"]
+    assert missing_runs(borrows, []) == [Run(arm, FINAL, rates[arm], seed) for arm in "abc" for seed in range(3)]
+
+
+def test_an_arm_that_was_not_tuned_has_no_learning_rate(study):
+    with pytest.raises(
+        ValueError, match=r"^'b' must be tuned before a run of 'd' is trained to its end: it has no row\.$"
+    ):
+        final_rate(study, tuned({"a": 0.2})([Run("a", TUNING, 0.2, 1000)]), "d")
 
 
 @pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 2])

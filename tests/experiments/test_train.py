@@ -109,6 +109,8 @@ WIRE_BYTES = {
     "crossover_phases": lambda: 4 * 3 * math.ceil(sum(SEGMENTS) / 3),
     "crossover_paper": lambda: MODEL_BYTES,
     "outer": lambda: 4 * 7 * math.ceil(sum(SEGMENTS) / 7) / 16,  # after each 16 steps
+    "noloco": lambda: 2 * MODEL_BYTES / 16,  # φ and φ − θ after each 16 steps
+    "des_loc": lambda: 4 * 7 * math.ceil(sum(SEGMENTS) / 7) * (1 + 1 / 3 + 1 / 6),  # and both moments of AdamW
     "crossover_no_balance": lambda: pulled(SEGMENTS),
     "crossover_no_segments": lambda: MODEL_BYTES,
     "crossover_neither": lambda: pulled([sum(SEGMENTS)]),
@@ -127,7 +129,8 @@ IN_AGREEMENT = ("allreduce", "local_sgd")  # after each step, with `local_steps`
 def algorithm_keys(name):
     """What of the config makes an algorithm or an ablation of the paper's."""
     own = {f"crossover_paper.{key}": value for key, value in ABLATIONS.get(name, {}).items()}
-    return {"algorithm": "crossover_paper" if own else name, **own}
+    optimizer = {"optimizer": "adamw"} if name == "des_loc" else {}
+    return {"algorithm": "crossover_paper" if own else name, **own, **optimizer}
 
 
 def test_all_algorithms_are_here():
