@@ -212,8 +212,8 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
                     unread = []
                 if has_row:
                     row = log.row(step, partial(job.evaluate, step, state) if evaluates else None)
-                    if evaluates and (best is None or row["eval/mean/accuracy"] > best[1]):
-                        best, is_saved = (step, row["eval/mean/accuracy"]), True
+                    if evaluates and (best is None or goodness(row) > best[1]):
+                        best, is_saved = (step, goodness(row)), True
                 if is_saved:
                     save(step)
                 if ends and step < job.num_steps:
@@ -231,6 +231,11 @@ def left(saves: Checkpoints | None, step: int) -> str:
     if saves.wait():
         return "the same command goes on from there."
     return f"the same command goes on from step {saves.last}, that of step {step} could not be saved."
+
+
+def goodness(row: report.Row) -> float:
+    """How good the averaged model is, the more the better: its accuracy, of text minus its bits per byte."""
+    return -row["bits_per_byte"] if "bits_per_byte" in row else row["eval/mean/accuracy"]
 
 
 def is_due(step: int, every: float, period: int = 1) -> bool:

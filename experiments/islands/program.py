@@ -56,7 +56,7 @@ def make_island_program(config: ml_collections.ConfigDict, workers: Mesh | int =
 
     alone = config.copy_and_resolve_references()
     with alone.unlocked():
-        alone.algorithm = "allreduce"  # over the one worker that there is
+        alone.algorithm = "alone"
         alone.batch_size = config.batch_size // config.num_workers
         # The rate comes from outside, for it follows the run's clock and not this island's own steps.
         alone.schedule.warmup, alone.schedule.decay, alone.schedule.polynomial.end = 0.0, "polynomial", 1.0

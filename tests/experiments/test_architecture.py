@@ -15,7 +15,8 @@ BELOW = {  # what of the experiments these rooms may import, beside themselves
     "configs.default": set(),
     "data": {"paths"},
     "optimizers": {"configs"},  # in its docstring
-    "algorithms": {"models"},
+    "others": set(),
+    "algorithms": {"models", "others"},
     "checksums": set(),
     "workdir": {"paths", "processes"},
     "step": {"optimizers", "processes"},

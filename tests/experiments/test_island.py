@@ -108,7 +108,7 @@ def test_a_checkpoint_has_the_clock_and_no_config_of_many(config, tmp_path):
     record = checkpoint.read_record(tmp_path / "a", checkpoint.steps(tmp_path / "a")[-1])
     assert sum(record["clock"].values()) == 480
     assert record["num_workers"] == 1
-    assert record["config"]["algorithm"] == "allreduce"
+    assert record["config"]["algorithm"] == "alone"
 
 
 def test_another_algorithm_than_crossover_is_refused(config):
