@@ -88,7 +88,7 @@ def test_commands_files_and_config_keys_exist(page):
     keys = ml_collections.FrozenConfigDict(default.get_config())
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
-    for path in re.findall(r"(?<![\w./])(?:experiments|benchmarks|docs|tests)/[\w./]*\w", text):
+    for path in re.findall(r"(?<![\w./])(?:examples|experiments|benchmarks|docs|tests)/[\w./]*\w", text):
         assert (ROOT / path).exists(), path
     for key in re.findall(r"--config\.([\w.]*\w)", text):
         value = keys
