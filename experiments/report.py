@@ -2,6 +2,7 @@
 
 workdir/metrics.jsonl   a row of metrics a line
 workdir/events.*        the same for TensorBoard
+workdir/config.json     what the run was started with
 workdir/status.json     where the run is: the step that it went on from, and the one of its last row
 workdir/curves.png      accuracy, loss and consensus distance; of text, bits per byte and consensus distance
 """

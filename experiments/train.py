@@ -5,6 +5,7 @@ python -m experiments.train --config=experiments/configs/fashion_mnist.py --work
 
 import contextlib
 import itertools
+import json
 import math
 import pathlib
 import sys
@@ -38,7 +39,7 @@ from experiments.program import (
 from experiments.resume import SAME, Resume, Start, first_or_restored
 from experiments.settings import as_json, check_settings, device_counts, fingerprint, run_identity, versions
 from experiments.step import Diverged, TrainState, fetch
-from experiments.workdir import locked, open_workdir, require_no_rows
+from experiments.workdir import CONFIG, locked, open_workdir, require_no_rows, rewrite
 
 PyTree = Any
 
@@ -173,6 +174,9 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
         first_step=start.step,
         state=start.log,
     )
+    if processes.is_first():
+        with report.saying(CONFIG):
+            rewrite(workdir / CONFIG, json.dumps(as_json(config), indent=1))
     every, state, best = config.checkpoint.every, start.state, start.best
     with contextlib.closing(log), jax.transfer_guard("disallow"), processes.Preemption() as preemption:
         saves = Checkpoints(workdir, config.checkpoint.keep, best and best[0]) if every else None
