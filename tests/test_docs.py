@@ -10,7 +10,11 @@ import pytest
 from experiments.configs import default
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "experiments").glob("*.md")),
+]
 IN_FORCE = [page for page in PAGES if page.name != "LOG.md"]  # the log's commands are those of their day
 PROGRAMS = [page for page in IN_FORCE if "```python" in page.read_text()]
 
