@@ -82,6 +82,15 @@ def test_the_errors_of_the_start_page_are_the_librarys():
     assert [sentence for sentence in sentences if sentence not in source] == []
 
 
+def test_the_page_that_chooses_has_its_figures_from_the_results():
+    figures = re.findall(
+        r"[+\u2212][\d.]+ ± [\d.]+|\d\.\d{3} (?=bits|by three|with)", (ROOT / "docs/choose.md").read_text()
+    )
+    measured = (ROOT / "docs/results.md").read_text() + (ROOT / "docs/language_models.md").read_text()
+    assert len(figures) > 8
+    assert [figure for figure in figures if figure.strip() not in measured] == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
