@@ -37,7 +37,7 @@ test-all: .venv
 
 # The site in build/site; a link that leads nowhere is an error.
 docs: .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python docs/build_site.py build/site
 
 lint: .venv

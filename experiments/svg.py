@@ -117,7 +117,7 @@ def matrix(shares: Float[np.ndarray, "workers workers"], label: str) -> str:
     parts.append('<rect class="frame" width="120" height="120"/>')
     for i, j in np.argwhere(shares > 5e-4).tolist():
         place = f'x="{j * cell:.2f}" y="{i * cell:.2f}" width="{cell:.2f}" height="{cell:.2f}"'
-        told = f"<title>worker {i} hears {shares[i, j]:.3f} of worker {j}</title>"
+        told = f"<title>worker {i} hears {shares[i, j]:.3f} of worker {j}</title>" if n <= 16 else ""
         parts.append(f'<rect {place} fill-opacity="{max(shares[i, j] ** 0.5, 0.1):.2f}">{told}</rect>')
     for k in (0, n - 1):
         place = (k + 0.5) * cell
