@@ -75,6 +75,7 @@ def test_other_processes_tell_nothing(monkeypatch, capsys, lines):
     assert lines == []
 
 
+@pytest.mark.filterwarnings("ignore:builtin type event_stats")  # of jaxlib 0.12, which aborts if it is an error
 def test_a_profile_has_steps_10_to_15(tmp_path, capsys):
     (tmp_path / "fox.txt").write_text("the quick brown fox jumps over the lazy dog. " * 80)
     config = changed(lm.get_config(), algorithm="allreduce", crossover__rounds=1, crossover__wire=None)
@@ -84,10 +85,10 @@ def test_a_profile_has_steps_10_to_15(tmp_path, capsys):
     config.model.options.update({"num_layers": 1, "width": 8, "num_heads": 2, "mlp_width": 8})
     train.train(config.lock(), tmp_path, profile=True)
     (path,) = (tmp_path / "profile").rglob("*.xplane.pb")
-    names = ("train", "step_num")
-    planes = jax.profiler.ProfileData.from_file(str(path)).planes
-    events = [event for plane in planes for line in plane.lines for event in line.events if event.name == names[0]]
-    assert sorted(dict(event.stats)[names[1]] for event in events) == [*range(10, 16)]
+    profile = jax.profiler.ProfileData.from_file(str(path))  # must live as long as what is read from it
+    events = [event for plane in profile.planes for line in plane.lines for event in line.events]
+    steps = [value for event in events if event.name == "train" for name, value in event.stats if name == "step_num"]
+    assert sorted(steps) == [*range(10, 16)]
     assert f"profile of steps from 10 on in {tmp_path / 'profile'}" in capsys.readouterr().out
 
 
