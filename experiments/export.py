@@ -17,7 +17,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -36,7 +36,7 @@ from experiments.checkpoint import Damaged
 from experiments.evaluate import make_evaluate
 from experiments.paths import local_path
 from experiments.program import Program, make_program
-from experiments.settings import completed
+from experiments.settings import config_of
 from experiments.step import Diverged, TrainState
 from experiments.workdir import METRICS, Row, read_rows
 
@@ -215,13 +215,10 @@ def config_from(record: dict[str, Any]) -> ml_collections.ConfigDict:
     >>> config.seed, config.model.options.bn_groups
     (3, 1)
     """
-    nested: dict[str, Any] = {"model": {"options": {}}}  # a folder without keys has left no trace
-    for name, value in completed(card.recorded_config(record)).items():
-        *folders, key = name.split(".")
-        reduce(lambda folder, name: folder.setdefault(name, {}), folders, nested)[key] = value
-    if "bn_groups" in nested["model"]["options"]:
-        nested["model"]["options"]["bn_groups"] = 1
-    return ml_collections.ConfigDict(nested).lock()
+    config = config_of(card.recorded_config(record))
+    if "bn_groups" in config.model.options:
+        config.model.options.bn_groups = 1
+    return config.lock()
 
 
 def recalibrated(

@@ -7,6 +7,7 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import jax
@@ -61,6 +62,20 @@ def completed(recorded: dict[str, Any]) -> dict[str, Any]:
     (3, 1)
     """
     return {**as_json(default.get_config()), **recorded}
+
+
+def config_of(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config that `as_json` told, with the defaults of keys that came later.
+
+    >>> config = config_of({"seed": 3, "model.options.hidden": [32]})
+    >>> config.seed, config.model.options.hidden, config.num_workers
+    (3, [32], 8)
+    """
+    nested: dict[str, Any] = {"model": {"options": {}}}  # a folder without keys has left no trace
+    for name, value in completed(recorded).items():
+        *folders, key = name.split(".")
+        reduce(lambda folder, name: folder.setdefault(name, {}), folders, nested)[key] = value
+    return ml_collections.ConfigDict(nested)
 
 
 # What is wrong

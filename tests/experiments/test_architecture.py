@@ -6,10 +6,12 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = {"train", "preflight", "export", "sweep", "figures", "trials"}
+COMMANDS = {"train", "preflight", "export", "sweep", "figures", "report_page", "trials"}
 BELOW = {  # what of the experiments these rooms may import, beside themselves
     "paths": set(),
     "csv_rows": set(),
+    "svg": set(),
+    "mixing_pattern": {"algorithms"},
     "processes": set(),
     "models": set(),
     "configs.default": set(),

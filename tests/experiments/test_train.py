@@ -477,11 +477,13 @@ def test_the_command_trains_and_ends_with_a_table(config, tmp_path):
     done = command(*arguments(config, tmp_path))
     assert done.returncode == 0, done.stderr
     assert len(read_rows(tmp_path / "run")) == 2
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (told["steps"], told["model.options.hidden"], told["crossover.wire"]) == (2, [32], None)
     table = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line and "[" not in line)
     assert table["algorithm"].strip() == "crossover, 8 workers"
     assert "set up in" in done.stdout
     assert "set-up" in table["time"]
-    assert "2/2" in done.stderr
+    assert "step/s" not in done.stderr  # a bar, which is for terminals
     assert "dataset_info.py" not in done.stderr
 
 
