@@ -23,11 +23,14 @@ OTHERS = {
     "CHANGELOG.md": "changes.md",
 }
 CONTENTS = {
-    "Use it": ["start", "examples", "choose", "guide", "language_models", "scaling", "api"],
+    "Use it": ["start", "examples", "choose", "guide", "language_models", "islands", "scaling", "api"],
     "What was found": ["results", "performance", "reliability"],
     "Behind it": ["design", "application", "log", "contributing", "changes"],
 }
-PARTS = {"crossover_jax": "crossover_jax/__init__.py", "crossover_jax.topology": "crossover_jax/topology/__init__.py"}
+PARTS = {
+    name: f"{name.replace('.', '/')}/__init__.py"
+    for name in ("crossover_jax", "crossover_jax.topology", "crossover_jax.islands")
+}
 CONF = """
 project = "crossover_jax"
 html_title = "crossover_jax"

@@ -31,6 +31,7 @@ if not __package__:  # as a script
 
 import crossover_jax as cj
 from crossover_jax import islands
+from crossover_jax.islands.observe import OBSERVER
 from experiments import card, checkpoint, data, models, processes, report
 from experiments.checkpoint import Damaged
 from experiments.evaluate import make_evaluate
@@ -102,7 +103,7 @@ def export(
     of_workers = cj.per_worker(lambda s: (model_of(s.params, s.algorithm), s.model_state), num_workers, donate=False)
     own = of_workers(restored.state)
     if roster is not None:
-        tls = islands.Tls.of(keys, islands.OBSERVER) if keys else None
+        tls = islands.Tls.of(keys, OBSERVER) if keys else None
         own = islands.gather_mean(islands.roster_of(roster), like=own[0], tls=tls), own[1]
     params, model_state = cj.mean_over_workers(own) if workers == "mean" else cj.one_worker(own, int(workers))
     model_state, statistics = _statistics(restored, params, model_state, workers, batch_norm, examples)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import crossover_jax as cj
-from crossover_jax import topology
+from crossover_jax import islands, topology
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUILD = ROOT / "docs" / "build_site.py"
@@ -35,7 +35,7 @@ def test_the_reference_has_every_public_name_with_its_docstring(sources):
     reference = (sources / "api.md").read_text()
     parts = re.split(r"^## (.*)$", reference, flags=re.MULTILINE)[1:]
     for part, text in zip(parts[::2], parts[1::2], strict=True):
-        package = {"crossover_jax": cj, "crossover_jax.topology": topology}[part]
+        package = {"crossover_jax": cj, "crossover_jax.topology": topology, "crossover_jax.islands": islands}[part]
         public = {n for n in vars(package) if not n.startswith("_") and not inspect.ismodule(getattr(package, n))}
         public -= {"Any", "sys"}
         assert set(re.findall(r"^### (\w+)$", text, re.MULTILINE)) == public
