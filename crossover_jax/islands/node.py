@@ -15,7 +15,7 @@ from crossover_jax.islands.clock import Clock
 from crossover_jax.islands.heads import PARAMS, STATE, is_incarnation, is_name, refusal, short
 from crossover_jax.islands.layout import Layout
 from crossover_jax.islands.ledger import ABORTED, COMMITTED, Ledger, Publication, Segment
-from crossover_jax.islands.peers import deal
+from crossover_jax.islands.peers import deal, deal_again
 from crossover_jax.islands.roster import Superseded
 from crossover_jax.islands.transport import Conversation, Head, LinkError, Transport
 
@@ -60,6 +60,7 @@ class Node:
         self.counts: collections.Counter[str] = collections.Counter()
         self.wanted: dict[str, list[asyncio.Future]] = {STATE: [], PARAMS: []}
         self._published_at = -math.inf
+        self._interval, self._asking = 1.0, 0.0  # seconds from one publication to the next, and to an answer
         self._published = asyncio.Event()
         self._not_before: dict[str, tuple[float, float]] = {}  # of peers that failed: when, and then how long
         self._dealt: tuple[int, list[list[str]]] = -1, []
@@ -71,7 +72,10 @@ class Node:
     def publish(self, publication: Publication) -> None:
         """Offer what has just been packed."""
         self.ledger.publish(publication)
-        self._published_at = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
+        if now > self._published_at > -math.inf:
+            self._interval = now - self._published_at
+        self._published_at = now
         self.due += len(self.layout.segments) if self.members else 0
         self._published.set()
         self._published = asyncio.Event()
@@ -93,17 +97,31 @@ class Node:
     async def _gossip_of(self, segment: int) -> None:
         while True:
             published, now = self._published, self.ledger.now
-            for peer in self._peers(now.number, segment) if now else ():
-                if not self.ledger.is_offered(segment) or await self.exchange(segment, peer):
-                    break
-            await published.wait()
+            peers = self._peers(now.number, segment) if now else []
+            while not published.is_set():
+                for peer in peers:
+                    if published.is_set() or not self.ledger.is_offered(segment):
+                        break
+                    if await self.exchange(segment, peer):
+                        break
+                with contextlib.suppress(TimeoutError):
+                    # Whoever has met nobody by then draws again, whether it was to ask or to be asked.
+                    # Not sooner than asking takes: who asks is busy.
+                    async with asyncio.timeout(
+                        max(0.1 * self._interval, 4 * self._asking) * self._rng.uniform(0.5, 1.5)
+                    ):
+                        await published.wait()
+                peers = deal_again(self.name, self._living(), segment, self._rng)
 
     def _peers(self, number: int, segment: int) -> list[str]:
         if self._dealt[0] != number:
-            now = asyncio.get_running_loop().time()
-            living = [peer for peer in self.members if self._not_before.get(peer, (0.0, 0.0))[0] <= now]
-            self._dealt = number, deal(self.name, living, len(self.layout.segments), self._rng)
+            self._dealt = number, deal(self.name, self._living(), len(self.layout.segments), self._rng)
         return self._dealt[1][segment]
+
+    def _living(self) -> list[str]:
+        """Who is not known to be away."""
+        now = asyncio.get_running_loop().time()
+        return [peer for peer in self.members if self._not_before.get(peer, (0.0, 0.0))[0] <= now]
 
     # Asking
 
@@ -199,9 +217,11 @@ class Node:
         where = address or self.members.get(peer)
         if where is None:
             raise LinkError(f"{peer} is not in the roster")
+        began = asyncio.get_running_loop().time()
         async with self.transport.connect(where, None if address else peer) as conversation:
             await conversation.send(self.hello() | {"do": do} | request)
             head, _ = await conversation.receive()
+            self._asking += 0.1 * (asyncio.get_running_loop().time() - began - self._asking)
             self._raise_if_refused(head)
             expected = conversation.peer or (head.get("from") if address else peer)
             if head.get("from") != expected:
