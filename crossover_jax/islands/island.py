@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -253,7 +254,7 @@ class Island:
             said = await self._ask_all()
             for is_donor in (True, False):
                 peers = [peer for peer, head in said.items() if bool(head.get("donor")) == is_donor]
-                for peer in node.shuffled(peers):
+                for peer in random.Random(self.life).sample(peers, len(peers)):
                     is_last_resort = not is_donor and not is_restored and self._loop.time() > until
                     if is_donor or (is_last_resort and said[peer].get("origin") == CHECKPOINT):
                         with contextlib.suppress(LinkError):

@@ -84,10 +84,6 @@ class Node:
         """Whether newcomers may take their state from here: it has met another in this life, or began the run."""
         return self.exchanged > 0 or self.is_founder
 
-    def shuffled(self, peers: list[str]) -> list[str]:
-        """In an order of this life's own."""
-        return [peers[i] for i in self._rng.permutation(len(peers))]
-
     async def gossip(self) -> None:
         """Exchange every segment of every publication, for ever; a peer that hangs holds up one segment only."""
         async with asyncio.TaskGroup() as group:
@@ -104,12 +100,10 @@ class Node:
                         break
                     if await self.exchange(segment, peer):
                         break
+                # Whoever has met nobody by then draws again; not sooner than asking takes, for who asks is busy.
+                wait = max(0.1 * self._interval, 4 * self._asking) * self._rng.uniform(0.5, 1.5)
                 with contextlib.suppress(TimeoutError):
-                    # Whoever has met nobody by then draws again, whether it was to ask or to be asked.
-                    # Not sooner than asking takes: who asks is busy.
-                    async with asyncio.timeout(
-                        max(0.1 * self._interval, 4 * self._asking) * self._rng.uniform(0.5, 1.5)
-                    ):
+                    async with asyncio.timeout(wait):
                         await published.wait()
                 peers = deal_again(self.name, self._living(), segment, self._rng)
 

@@ -209,6 +209,27 @@ def test_a_study_from_the_command_line_and_what_is_there_is_not_run_again(data_d
     assert "must be among crossover, allreduce" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [None, "elsewhere"])
+def test_data_are_read_where_the_study_says_unless_the_command_line_does(given, tmp_path, monkeypatch):
+    path, seen = tmp_path / "study.py", []
+    path.write_text(
+        STUDY.replace("return Study(small_config(),", "return Study(text_config(),").replace(
+            "import small_config", "import small_config, text_config"
+        )
+    )
+    monkeypatch.setattr(sweep, "run_missing", lambda study, *_: seen.append(study.config.dataset.data_dir) or [])
+    monkeypatch.setattr(sweep, "summary", lambda *_: "")
+    argv = [str(path), f"--out={tmp_path / 'out.csv'}", *([f"--data_dir={given}"] if given else [])]
+    assert sweep.main(argv) == 0
+    assert seen == [given or "its own"]
+
+
+def text_config():
+    config = small_config()
+    config.dataset.data_dir = "its own"
+    return config
+
+
 def test_a_row_that_a_dying_process_left_unfinished_is_none_and_spoils_no_other(tmp_path):
     path, columns = tmp_path / "rows.csv", ("arm", "accuracy", "code")
     csv_rows.append(path, [{"arm": "a", "accuracy": 0.5, "code": "abc"}], columns)
