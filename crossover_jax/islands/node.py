@@ -15,7 +15,7 @@ from crossover_jax.islands.clock import Clock
 from crossover_jax.islands.heads import PARAMS, STATE, is_incarnation, is_name, refusal, short
 from crossover_jax.islands.layout import Layout
 from crossover_jax.islands.ledger import ABORTED, COMMITTED, Ledger, Publication, Segment
-from crossover_jax.islands.peers import deal
+from crossover_jax.islands.peers import deal, deal_again
 from crossover_jax.islands.roster import Superseded
 from crossover_jax.islands.transport import Conversation, Head, LinkError, Transport
 
@@ -61,6 +61,7 @@ class Node:
         self.counts: collections.Counter[str] = collections.Counter()
         self.wanted: dict[str, list[asyncio.Future]] = {STATE: [], PARAMS: []}
         self._published_at = -math.inf
+        self._interval, self._asking = 1.0, 0.0  # seconds from one publication to the next, and to an answer
         self._published = asyncio.Event()
         self._not_before: dict[str, tuple[float, float]] = {}  # of peers that failed: when, and then how long
         self._dealt: tuple[int, list[list[str]]] = -1, []
@@ -72,7 +73,10 @@ class Node:
     def publish(self, publication: Publication) -> None:
         """Offer what has just been packed."""
         self.ledger.publish(publication)
-        self._published_at = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
+        if now > self._published_at > -math.inf:
+            self._interval = now - self._published_at
+        self._published_at = now
         self.due += len(self.layout.segments) if self.members else 0
         self._published.set()
         self._published = asyncio.Event()
@@ -80,10 +84,6 @@ class Node:
     def is_donor(self) -> bool:
         """Whether newcomers may take their state from here: it has met another in this life, or began the run."""
         return self.exchanged > 0 or self.is_founder
-
-    def shuffled(self, peers: list[str]) -> list[str]:
-        """In an order of this life's own."""
-        return [peers[i] for i in self._rng.permutation(len(peers))]
 
     async def gossip(self) -> None:
         """Exchange every segment of every publication, for ever; a peer that hangs holds up one segment only."""
@@ -94,17 +94,29 @@ class Node:
     async def _gossip_of(self, segment: int) -> None:
         while True:
             published, now = self._published, self.ledger.now
-            for peer in self._peers(now.number, segment) if now else ():
-                if not self.ledger.is_offered(segment) or await self.exchange(segment, peer):
-                    break
-            await published.wait()
+            peers = self._peers(now.number, segment) if now else []
+            while not published.is_set():
+                for peer in peers:
+                    if published.is_set() or not self.ledger.is_offered(segment):
+                        break
+                    if await self.exchange(segment, peer):
+                        break
+                # Whoever has met nobody by then draws again; not sooner than asking takes, for who asks is busy.
+                wait = max(0.1 * self._interval, 4 * self._asking) * self._rng.uniform(0.5, 1.5)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await published.wait()
+                peers = deal_again(self.name, self._living(), segment, self._rng)
 
     def _peers(self, number: int, segment: int) -> list[str]:
         if self._dealt[0] != number:
-            now = asyncio.get_running_loop().time()
-            living = [peer for peer in self.members if self._not_before.get(peer, (0.0, 0.0))[0] <= now]
-            self._dealt = number, deal(self.name, living, len(self.layout.segments), self._rng)
+            self._dealt = number, deal(self.name, self._living(), len(self.layout.segments), self._rng)
         return self._dealt[1][segment]
+
+    def _living(self) -> list[str]:
+        """Who is not known to be away."""
+        now = asyncio.get_running_loop().time()
+        return [peer for peer in self.members if self._not_before.get(peer, (0.0, 0.0))[0] <= now]
 
     # Asking
 
@@ -180,7 +192,7 @@ class Node:
     async def fetch(self, peer: str, what: str, longest: int, address: str | None = None) -> tuple[Head, bytearray]:
         """A peer's `STATE` or `PARAMS`, of one moment. Raises `LinkError`."""
         async with self._conversation(peer, what, address) as (conversation, head):
-            until = asyncio.get_running_loop().time() + self.patience
+            name, until = head["from"], asyncio.get_running_loop().time() + self.patience
             while "ready" not in head:
                 if asyncio.get_running_loop().time() > until:
                     raise LinkError(f"{what} was asked for, and not handed over within {self.patience:g} s")
@@ -189,6 +201,7 @@ class Node:
             head, body = await conversation.receive(longest)
             if len(body) != longest:
                 raise LinkError(f"{what} of {longest} bytes was asked for, and {len(body)} have come")
+            self._hear(head, name)
             return head, body
 
     @contextlib.asynccontextmanager
@@ -199,14 +212,13 @@ class Node:
         where = address or self.members.get(peer)
         if where is None:
             raise LinkError(f"{peer} is not in the roster")
+        began = asyncio.get_running_loop().time()
         async with self.transport.connect(where, None if address else peer) as conversation:
             await conversation.send(self.hello() | {"do": do} | request)
             head, _ = await conversation.receive()
+            self._asking += 0.1 * (asyncio.get_running_loop().time() - began - self._asking)
             self._raise_if_refused(head)
-            expected = conversation.peer or (head.get("from") if address else peer)
-            if head.get("from") != expected:
-                raise LinkError(f"{expected!r} was asked, and {short(head.get('from'))} has answered")
-            self._hear(head)
+            self._hear(head, conversation.peer or (None if address else peer))
             self._not_before.pop(peer, None)
             self.errors.pop(peer, None)
             yield conversation, head
@@ -301,10 +313,13 @@ class Node:
             "clock": self.clock.counts,
         }
 
-    def _hear(self, head: Head) -> None:
+    def _hear(self, head: Head, expected: str | None = None) -> None:
+        """Believe what one says of itself, and of the clock."""
         name, incarnation, counts = head.get("from"), head.get("incarnation"), head.get("clock")
         if not is_name(name) or not is_incarnation(incarnation):
             raise LinkError("an answer that is not in this protocol")
+        if expected not in (None, name):
+            raise LinkError(f"{expected!r} was asked, and {short(name)} has answered")
         if name == self.name and incarnation > self.incarnation:
             self._supersede(incarnation)
         self.incarnations[name] = max(incarnation, self.incarnations.get(name, 0))

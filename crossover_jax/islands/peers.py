@@ -27,11 +27,20 @@ def deal(name: str, living: Sequence[str], num_segments: int, rng: np.random.Gen
     (rounds,) = shuffle(num_segments, count, period=1, seed=seed)
     dealt = []
     for segment, first in enumerate(rounds):
-        share = sum(asks(name, peer, segment) for peer in living) / len(living)
         order = [ring[peers[(first + attempt) % count]] for attempt in range(count)]
-        mine = [peer for peer in order if asks(name, peer, segment)][:TRIES]
-        dealt.append(mine if rng.random() < share else [])
+        share = sum(asks(name, peer, segment) for peer in living) / len(living)
+        dealt.append(_asked(name, order, segment) if rng.random() < share else [])
     return dealt
+
+
+def deal_again(name: str, living: Sequence[str], segment: int, rng: np.random.Generator) -> list[str]:
+    """The same for one segment that has met nobody yet, in any order."""
+    mine = _asked(name, [living[i] for i in rng.permutation(len(living))], segment, len(living))
+    return mine[:TRIES] if living and rng.random() < len(mine) / len(living) else []
+
+
+def _asked(name: str, order: Sequence[str], segment: int, most: int = TRIES) -> list[str]:
+    return [peer for peer in order if asks(name, peer, segment)][:most]
 
 
 def asks(one: str, other: str, segment: int) -> bool:

@@ -82,20 +82,17 @@ class _Run:
         self.lives[i] = asyncio.create_task(self.life(i))
 
     async def life(self, i: int) -> None:
-        made, loop = self.made, asyncio.get_running_loop()
+        made = self.made
         state = made.init()
-        roster = islands.directory(self.folder)
-        # Incarnations come from the wall clock; here they count, so that a run is a function of its seed.
+        roster = islands.directory(self.folder, now=asyncio.get_running_loop().time)
         island = SimulatedIsland(
             self.network, roster, f"i{i}", like=state.params, seed=self.seed, patience=60.0, **made.exchange
         )
-        island._node.incarnation = 1
         self.islands[i] = island
         rng = np.random.default_rng([self.seed, i])
         state = await island.joined(state)
         batches, own_step = made.batches(f"{self.seed} {island.life}"), 0
         while island.clock < made.total:
-            began = loop.time()
             state, _ = made.step(state, next(batches), own_step, made.rate(island.clock))
             own_step += 1
             await asyncio.sleep(self.slowness[i] * np.exp(self.world.jitter * rng.standard_normal()))
@@ -107,7 +104,6 @@ class _Run:
                 state = await island.joined(state)
             self.states[i] = state
             self.clock = max(self.clock, island.clock)
-            del began
         self.count(island)
         await island.left()
 
