@@ -310,6 +310,16 @@ def test_an_honest_request_is_granted():
         run(talk())
 
 
+@pytest.mark.parametrize("said", [{"confirm": False}, {"confirm": 1}, {"confirm": "true"}, {}])
+def test_without_a_confirmation_neither_side_applies_anything(said):
+    async def talk():
+        async with pair() as (a, _):
+            heads, _ = await granted(a, framed({}, np.ones(SIZE).tobytes()), framed(said))
+            assert heads == [{}, {"outcome": "aborted"}]
+
+    run(talk())  # the sum over a and b is what it was
+
+
 WRONG = [None, True, -1, 1.5, 1e400, 10**400, 1 << 70, "", "x" * 100_000, [], [[]], {}, {"a": {}}, {"a@1": 10**400}]
 
 
@@ -333,6 +343,7 @@ def test_a_field_of_another_type_is_refused_or_without_effect(field):
             others = {life: count for life, count in a.node.clock.counts.items() if life not in before}
             assert others in ({}, {"h@7": 3.0})
             assert a.node.incarnations.keys() <= {"b", "h", ""}
+            assert set(a.node.incarnations.values()) <= {1, 7}
             assert json.dumps(a.node.describe(), allow_nan=False)
             a.node.wanted = {what: [] for what in a.node.wanted}
 
@@ -444,13 +455,15 @@ def test_another_model_wire_or_cut_is_refused_by_name():
 
 def test_an_exchange_that_nobody_knows_is_aborted_and_stays_so():
     async def talk():
-        async with pair() as (a, b):
-            asked = request(do="outcome")
-            (said,) = await ask(a, framed(asked))
-            assert said["outcome"] == "aborted"
-            for segment in range(SEGMENTS):  # who was told so must not see it begin later
-                (said, *_) = await ask(a, framed(request(segment, id=asked["id"])))
-                assert said["busy"] is True
+        a = await Peer("a").start()  # all of its segments are on offer
+        asked = request(do="outcome")
+        (said,) = await ask(a, framed(asked))
+        assert said["outcome"] == "aborted"
+        (said, *_) = await ask(a, framed(request(id=asked["id"])))
+        assert said["busy"] is True  # who was told so must not see it begin later
+        (said, *_) = await ask(a, framed(request()))
+        assert "granted" in said
+        await a.stop()
 
     run(talk())
 
