@@ -9,6 +9,7 @@ from crossover_jax.islands.roster import OBSERVER
 from crossover_jax.islands.transport import Head
 
 STATE, PARAMS = "state", "params"
+OTHERS = 64  # names that are not in the roster, whose last errors are kept
 
 
 def is_name(said: Any) -> TypeGuard[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from crossover_jax.islands.clock import Clock
-from crossover_jax.islands.heads import PARAMS, STATE, is_incarnation, is_name, refusal, short
+from crossover_jax.islands.heads import OTHERS, PARAMS, STATE, is_incarnation, is_name, refusal, short
 from crossover_jax.islands.layout import Layout
 from crossover_jax.islands.ledger import ABORTED, COMMITTED, Ledger, Publication, Segment
 from crossover_jax.islands.peers import deal, deal_again
@@ -20,7 +20,6 @@ from crossover_jax.islands.roster import Superseded
 from crossover_jax.islands.transport import Conversation, Head, LinkError, Transport
 
 log = logging.getLogger("crossover_jax.islands")
-KEPT = 64  # errors of others than the roster's
 
 
 class Refused(LinkError):
@@ -225,23 +224,22 @@ class Node:
 
     def _raise_if_refused(self, head: Head) -> None:
         if "refused" in head:
-            if is_incarnation(head.get("superseded")) and head["superseded"] > self.incarnation:
-                self._supersede(head["superseded"])
+            self._supersede(head.get("superseded"))
             raise Refused(f"refused: {short(head['refused'])}")
 
     def _note(self, peer: str, error: LinkError) -> None:
         """Keep what went wrong with a link, and leave it alone for a while."""
         wait = self._not_before.get(peer, (0.0, 1.0))[1]
         self._not_before[peer] = asyncio.get_running_loop().time() + wait, min(2 * wait, 30.0)
-        self.counts["failed"] += 1
-        self._keep_error(peer, str(error))
+        self._keep_error(peer, str(error), "failed")
 
-    def _keep_error(self, peer: str, why: str) -> None:
+    def _keep_error(self, peer: str, why: str, count: str) -> None:
         """Show it, and log it if it is another one than the last; of peers that nobody knows there may be many."""
+        self.counts[count] += 1
         if self.errors.pop(peer, None) != why:
             log.warning("%s, exchange with %s: %s", self.name, peer, why)
         self.errors[peer] = why
-        if len(self.errors) > KEPT + len(self.members):
+        if len(self.errors) > OTHERS + len(self.members):
             del self.errors[next(iter(self.errors))]
 
     # Answering
@@ -251,8 +249,7 @@ class Node:
         head, _ = await conversation.receive()
         refused = refusal(head, conversation.peer, self.layout, self.incarnations)
         if refused:
-            self.counts["refused"] += 1
-            self._keep_error(short(head.get("from")), f"it was refused: {refused['refused']}")
+            self._keep_error(short(head.get("from")), f"it was refused: {refused['refused']}", "refused")
             await conversation.send(self.hello() | refused)
             return
         self._hear(head)
@@ -281,8 +278,7 @@ class Node:
                 self.exchanged += 1
                 self.errors.pop(head["from"], None)
         except LinkError as error:
-            self.counts["failed"] += 1
-            self._keep_error(head["from"], str(error))
+            self._keep_error(head["from"], str(error), "failed")
             raise
         finally:
             outcome = self.ledger.abort(id)  # does nothing once it has been committed
@@ -320,17 +316,18 @@ class Node:
             raise LinkError("an answer that is not in this protocol")
         if expected not in (None, name):
             raise LinkError(f"{expected!r} was asked, and {short(name)} has answered")
-        if name == self.name and incarnation > self.incarnation:
+        if name == self.name:
             self._supersede(incarnation)
         self.incarnations[name] = max(incarnation, self.incarnations.get(name, 0))
         if isinstance(counts, dict):
             self.clock.merge(counts)
 
-    def _supersede(self, incarnation: int) -> None:
-        self.over = Superseded(
-            f"a newer process has the name {self.name!r} (incarnation {incarnation}, this one is {self.incarnation}): "
-            "this one must end."
-        )
+    def _supersede(self, incarnation: Any) -> None:
+        if is_incarnation(incarnation) and incarnation > self.incarnation:
+            self.over = Superseded(
+                f"a newer process has the name {self.name!r} (incarnation {incarnation}, this one is "
+                f"{self.incarnation}): this one must end."
+            )
 
     def describe(self) -> Head:
         """What there is to see of this island from outside."""

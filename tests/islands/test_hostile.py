@@ -479,6 +479,50 @@ def test_one_who_asks_for_a_state_and_goes_leaves_nothing_behind():
     run(talk())
 
 
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([({"ready": True}, b""), ({}, bytes(63))], "state of 64 bytes was asked for, and 63 have come"),
+        ([({"ready": True}, b""), ({}, bytes(65))], r"a message of .* \+ 65 bytes where 64 were expected"),
+        (
+            [({"ready": True}, b""), ({"from": "b", "incarnation": 1 << 60}, bytes(64))],
+            "'c' was asked, and b has answered",
+        ),
+        ([({"wait": True}, b"")] * 1000, "state was asked for, and not handed over within 0.2 s"),
+        ([], "the connection has ended"),
+    ],
+)
+def test_a_state_that_is_no_good_is_not_taken(messages, sentence):
+    async def talk():
+        async def answer(conversation, what):
+            await conversation.send(c.node.hello() | {"wait": True})
+            for head, body in messages:
+                await conversation.send(c.node.hello() | head, body)
+                await asyncio.sleep(0.01 if "wait" in head else 0)
+
+        a, c = [await Peer(name, patience=0.2).start() for name in "ac"]
+        a.meets(c)
+        c.node._answer_fetch = answer
+        with pytest.raises(LinkError, match=sentence):
+            await a.node.fetch("c", "state", 64)
+        assert a.node.incarnations == {"c": 1}
+        await a.stop(), await c.stop()
+
+    run(talk())
+
+
+def test_an_error_is_shown_until_the_link_works_again_whoever_asks():
+    async def talk():
+        a, b = [await Peer(name).start() for name in "ab"]
+        b.meets(a)
+        a.node.errors["b"] = "it was refused: another model"
+        assert await b.node.exchange(0, "a")
+        assert a.node.errors == {}
+        await a.stop(), await b.stop()
+
+    run(talk())
+
+
 # Two processes of one name
 
 
