@@ -1,7 +1,8 @@
-"""What a topology and links promise, before anything is trained.
+"""What a topology and links promise, before anything is trained, and how the islands of a run are.
 
 `python -m crossover_jax describe NAME --workers N`: what a topology promises.
 `python -m crossover_jax plan --params M --workers N --compute-ms T --dcn-gbps B`: which algorithm pays on such links.
+`python -m crossover_jax islands ROSTER`: the islands of a run; `islands keys DIR NAME`: their keys.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from crossover_jax import plan, topology
+from crossover_jax.islands import view
 from crossover_jax.text import as_table
 from crossover_jax.topology.describe import as_text, describe
 
@@ -22,6 +24,9 @@ TOPOLOGIES: dict[str, Callable[..., topology.Pool]] = dict(sorted((make.__name__
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 2 for a request that cannot be met, with one sentence on stderr."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:2] == ["islands", "keys"]:  # else `keys` would be a roster
+        argv[:2] = ["islands keys"]
     args = _parser().parse_args(argv)
     try:
         print(args.run(args))
@@ -56,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chips", type=int, default=1, help="chips of a worker, which average gradients (default: 1)")
     command.add_argument("--ici-gbps", type=float, help="rate of a chip's link to the others of its worker")
     command.add_argument("--ici-us", type=float, default=1.0, help="latency of that link (default: 1)")
+    view.add_commands(commands)
     return parser
 
 

@@ -34,18 +34,23 @@ ALLOWED = {  # what of ours each part of the library may import
     "resize": {"leaves", "push_sum"},
     "copies": {"axes", "deprecated", "leaves", "mesh"},
     "workers": {"axes", "deprecated", "guard", "leaves", "mesh"},
-    "islands": {"cuts", "leaves", "topology", "wire"},
+    "islands": {"cuts", "leaves", "text", "topology", "wire"},
     "__main__": {"topology", "plan", "text", "islands"},
 }
 LIBRARIES = {"jax", "numpy", "optax", "jaxtyping"}
+EXTRAS = {"keys.py": {"cryptography"}}  # what one file imports inside its functions, and says how to get
 
 
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        yield from imports_of(node)
+
+
+def imports_of(node):
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def part_of(path):
@@ -70,8 +75,12 @@ def test_imports_follow_the_arrows(path):
 def test_the_library_needs_jax_numpy_optax_and_jaxtyping_only():
     import sys
 
-    found = {name.split(".")[0] for path in SOURCES for name in imports(path)}
-    assert found <= LIBRARIES | {"crossover_jax"} | set(sys.stdlib_module_names)
+    allowed = LIBRARIES | {"crossover_jax"} | set(sys.stdlib_module_names)
+    for path in SOURCES:
+        found = {name.split(".")[0] for name in imports(path)}
+        assert found <= allowed | EXTRAS.get(path.name, set()), path
+        first = {name.split(".")[0] for node in ast.parse(path.read_text()).body for name in imports_of(node)}
+        assert first <= allowed, f"{path} imports an extra outside of its functions"
 
 
 def test_only_lowering_sends_messages():
@@ -103,7 +112,7 @@ def test_files_and_functions_hold_one_idea():
             assert length <= 45, f"{name} in {path.name} has {length} lines"
     lines = {path: len(path.read_text().splitlines()) for path in (ROOT / "crossover_jax").rglob("*.py")}
     of_islands = sum(count for path, count in lines.items() if "islands" in path.parts)
-    assert of_islands <= 2200
+    assert of_islands <= 2400
     assert sum(lines.values()) - of_islands <= 4800
 
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 
+MOST = 1e18  # examples of one life
+LONGEST = 100  # characters of an island's name and incarnation
+
 
 class Clock:
     """Delivered examples (or tokens, or steps) of all islands, as far as one island has heard.
@@ -28,6 +31,8 @@ class Clock:
         self.counts[life] = self.counts.get(life, 0.0) + delivered
 
     def merge(self, counts: Mapping[str, float]) -> None:
-        """Hear another island's counts."""
+        """Hear another island's counts; what cannot be one is left out."""
         for life, count in counts.items():
-            self.counts[life] = max(count, self.counts.get(life, 0.0))
+            # Of a larger integer the sum would raise, and of a longer name no message would have room.
+            if isinstance(count, int | float) and 0 <= count < MOST and len(life) < LONGEST:
+                self.counts[life] = max(float(count), self.counts.get(life, 0.0))

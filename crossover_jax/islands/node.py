@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from crossover_jax.islands.clock import Clock
+from crossover_jax.islands.heads import PARAMS, STATE, is_incarnation, is_name, refusal, short
 from crossover_jax.islands.layout import Layout
 from crossover_jax.islands.ledger import ABORTED, COMMITTED, Ledger, Publication, Segment
 from crossover_jax.islands.peers import deal
@@ -19,7 +20,6 @@ from crossover_jax.islands.roster import Superseded
 from crossover_jax.islands.transport import Conversation, Head, LinkError, Transport
 
 log = logging.getLogger("crossover_jax.islands")
-STATE, PARAMS = "state", "params"
 
 
 class Refused(LinkError):
@@ -61,9 +61,7 @@ class Node:
         self.wanted: dict[str, list[asyncio.Future]] = {STATE: [], PARAMS: []}
         self._published_at = -math.inf
         self._published = asyncio.Event()
-        self._not_before: dict[
-            str, tuple[float, float]
-        ] = {}  # of peers that failed: until when, and how long next time
+        self._not_before: dict[str, tuple[float, float]] = {}  # of peers that failed: when, and then how long
         self._dealt: tuple[int, list[list[str]]] = -1, []
         self._rng = np.random.default_rng([seed, incarnation % (1 << 32), *name.encode()])
         self._ids = itertools.count()
@@ -175,18 +173,21 @@ class Node:
 
     async def status(self, peer: str, address: str | None = None) -> Head:
         """What a peer says of itself, or whoever is at an address. Raises `LinkError`."""
-        async with self._conversation(peer, "status", address) as (conversation, head):
-            if conversation.peer not in (None, head.get("from")):
-                raise LinkError(f"the certificate is that of {conversation.peer!r}, not of {head.get('from')!r}")
+        async with self._conversation(peer, "status", address) as (_, head):
             return head
 
     async def fetch(self, peer: str, what: str, longest: int, address: str | None = None) -> tuple[Head, bytearray]:
         """A peer's `STATE` or `PARAMS`, of one moment. Raises `LinkError`."""
         async with self._conversation(peer, what, address) as (conversation, head):
+            until = asyncio.get_running_loop().time() + self.patience
             while "ready" not in head:
+                if asyncio.get_running_loop().time() > until:
+                    raise LinkError(f"{what} was asked for, and not handed over within {self.patience:g} s")
                 head, _ = await conversation.receive()
                 self._raise_if_refused(head)
             head, body = await conversation.receive(longest)
+            if len(body) != longest:
+                raise LinkError(f"{what} of {longest} bytes was asked for, and {len(body)} have come")
             self._hear(head)
             return head, body
 
@@ -202,6 +203,9 @@ class Node:
             await conversation.send(self.hello() | {"do": do} | request)
             head, _ = await conversation.receive()
             self._raise_if_refused(head)
+            expected = conversation.peer or (head.get("from") if address else peer)
+            if head.get("from") != expected:
+                raise LinkError(f"{expected!r} was asked, and {short(head.get('from'))} has answered")
             self._hear(head)
             self._not_before.pop(peer, None)
             self.errors.pop(peer, None)
@@ -209,14 +213,17 @@ class Node:
 
     def _raise_if_refused(self, head: Head) -> None:
         if "refused" in head:
-            if head.get("superseded"):
+            if is_incarnation(head.get("superseded")) and head["superseded"] > self.incarnation:
                 self._supersede(head["superseded"])
-            raise Refused(f"refused: {head['refused']}")
+            raise Refused(f"refused: {short(head['refused'])}")
 
     def _note(self, peer: str, error: LinkError) -> None:
         """Keep what went wrong with a link, and leave it alone for a while."""
         wait = self._not_before.get(peer, (0.0, 1.0))[1]
         self._not_before[peer] = asyncio.get_running_loop().time() + wait, min(2 * wait, 30.0)
+        self._keep_error(peer, error)
+
+    def _keep_error(self, peer: str, error: LinkError) -> None:
         if self.errors.get(peer) != str(error):
             log.warning("%s, exchange with %s: %s", self.name, peer, error)
         self.errors[peer] = str(error)
@@ -227,46 +234,24 @@ class Node:
     async def answer(self, conversation: Conversation) -> None:
         """One conversation that another has begun."""
         head, _ = await conversation.receive()
-        refusal = self._refusal(head, conversation.peer)
-        if refusal:
+        refused = refusal(head, conversation.peer, self.layout, self.incarnations)
+        if refused:
             self.counts["refused"] += 1
-            log.warning("%s refused %r: %s", self.name, head.get("from"), refusal["refused"])
-            await conversation.send(self.hello() | refusal)
+            log.warning("%s refused %s: %s", self.name, short(head.get("from")), refused["refused"])
+            await conversation.send(self.hello() | refused)
             return
         self._hear(head)
         if head["do"] == "exchange":
             await self._answer_exchange(conversation, head)
         elif head["do"] == "outcome":
-            await conversation.send(self.hello() | {"outcome": self.ledger.abort(str(head.get("id")))})
+            await conversation.send(self.hello() | {"outcome": self.ledger.abort(head["id"])})
         elif head["do"] == "status":
             await conversation.send(self.hello() | self.describe())
         else:
             await self._answer_fetch(conversation, head["do"])
 
-    def _refusal(self, head: Head, peer: str | None) -> Head | None:
-        name, incarnation, do = head.get("from"), head.get("incarnation"), head.get("do")
-        if not isinstance(name, str) or not isinstance(incarnation, int) or not isinstance(head.get("clock"), dict):
-            return {"refused": "a message that is not in this protocol"}
-        if do not in ("exchange", "outcome", "status", STATE, PARAMS):
-            return {"refused": f"{do!r} is nothing that can be asked for"}
-        if peer is not None and peer != name:
-            return {"refused": f"the certificate is that of {peer!r}, not of {name!r}"}
-        if do != "status" and head.get("model") != self.layout.model:
-            return {"refused": "another model: names, shapes or dtypes of its parameters differ"}
-        if do == "exchange" and head.get("fingerprint") != self.layout.fingerprint:
-            return {"refused": "another cut, wire or version of the protocol: fingerprints differ"}
-        if do != "exchange":
-            return None
-        newest = self.incarnations.get(name, 0)
-        if incarnation < newest:
-            return {"refused": f"a newer process has the name {name!r}", "superseded": newest}
-        segment = head.get("segment")
-        if not isinstance(segment, int) or not 0 <= segment < len(self.layout.segments) or "id" not in head:
-            return {"refused": f"there is no segment {segment!r}"}
-        return None
-
     async def _answer_exchange(self, conversation: Conversation, head: Head) -> None:
-        segment, id = head["segment"], str(head["id"])
+        segment, id = head["segment"], head["id"]
         is_old = asyncio.get_running_loop().time() - self._published_at > self.patience
         publication = None if is_old else self.ledger.reserve(segment, id)
         if publication is None:
@@ -279,8 +264,9 @@ class Node:
             self._raise_if_refused(said)
             if said.get("confirm") is True and self.ledger.commit(id, theirs):
                 self.exchanged += 1
+                self.errors.pop(head["from"], None)
         except LinkError as error:
-            self.errors[head["from"]] = str(error)
+            self._keep_error(head["from"], error)
             raise
         finally:
             outcome = self.ledger.abort(id)  # does nothing once it has been committed
@@ -313,15 +299,13 @@ class Node:
 
     def _hear(self, head: Head) -> None:
         name, incarnation, counts = head.get("from"), head.get("incarnation"), head.get("clock")
-        if not isinstance(name, str) or not isinstance(incarnation, int):
+        if not is_name(name) or not is_incarnation(incarnation):
             raise LinkError("an answer that is not in this protocol")
         if name == self.name and incarnation > self.incarnation:
             self._supersede(incarnation)
         self.incarnations[name] = max(incarnation, self.incarnations.get(name, 0))
         if isinstance(counts, dict):
-            self.clock.merge(
-                {life: n for life, n in counts.items() if isinstance(n, int | float) and 0 <= n < math.inf}
-            )
+            self.clock.merge(counts)
 
     def _supersede(self, incarnation: int) -> None:
         self.over = Superseded(
@@ -343,6 +327,7 @@ class Node:
             "due": self.due,
             "distance": self.distance if math.isfinite(self.distance) else None,
             "errors": self.errors,
+            "strangers": getattr(self.transport, "refused", {}),
             "counts": dict(self.counts),
             "members": sorted(self.members),
             "incarnations": self.incarnations,

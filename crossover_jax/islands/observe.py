@@ -7,11 +7,10 @@ from crossover_jax.cuts import whole
 from crossover_jax.islands.layout import Layout
 from crossover_jax.islands.node import PARAMS, Node
 from crossover_jax.islands.payload import Payload
-from crossover_jax.islands.roster import Roster
+from crossover_jax.islands.roster import OBSERVER, Roster
 from crossover_jax.islands.transport import Head, LinkError, Tcp, Tls
 from crossover_jax.leaves import PyTree
 
-OBSERVER = "observer"
 _NOTHING = Layout("", "", (), lambda segment, bits: 0.0)
 
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from crossover_jax.islands.transport import split_address
 
+OBSERVER = "observer"  # who looks from outside, and is no island
+
 
 class Superseded(RuntimeError):
     """A newer process has this island's name: this one must end."""
@@ -162,6 +164,8 @@ def check_name(name: str) -> None:
             f"an island's name must be 1 to 63 lower-case letters, digits and inner hyphens, as in a host name, got "
             f"{name!r}."
         )
+    if name == OBSERVER:
+        raise ValueError(f"an island's name must not be {name!r}, which is who looks from outside: choose another.")
 
 
 def _read(path: Any) -> dict[str, Any] | None:
@@ -183,5 +187,8 @@ def roster_of(text: str) -> Roster:
     if text.startswith("dns:"):
         return dns(text.removeprefix("dns:"))
     if "=" in text:
-        return static(dict(pair.split("=", 1) for pair in text.split(",")))
+        pairs = [pair.partition("=") for pair in text.split(",")]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError(f'a roster of addresses must be "a=HOST:PORT,b=HOST:PORT", got {text!r}.')
+        return static({name: address for name, _, address in pairs})
     return directory(text)
