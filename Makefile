@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/$(RUN)-$(shell date +%Y%m%d-%H%M%S)
 BIN := .venv/bin
 
-.PHONY: train lm test test-tools test-all lint format .venv
+.PHONY: train lm test test-tools test-all lint format docs .venv
 
 .venv: .venv/installed
 
@@ -34,6 +34,11 @@ test-tools: .venv
 # All tests, each compiled with all of XLA's optimization.
 test-all: .venv
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile
+
+# The site in build/site; a link that leads nowhere is an error.
+docs: .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/build_site.py build/site
 
 lint: .venv
 	$(BIN)/ruff format --check --diff

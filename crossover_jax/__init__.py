@@ -31,6 +31,8 @@ from crossover_jax.resize import average_matrix, overlap_matrix, resize
 from crossover_jax.specs import fsdp_specs, on_mesh, state_specs
 from crossover_jax.workers import in_place, per_worker
 
+__version__ = "0.2.0"
+
 
 def __getattr__(name: str) -> Any:
     return _moved(sys.modules[__name__], name)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from crossover_jax import plan, topology
 from crossover_jax.islands import view
 from crossover_jax.text import as_table
-from crossover_jax.topology.describe import as_text, describe
+from crossover_jax.topology.describe import as_text, describe, draw
 
 PLANNED = (topology.base, topology.complete, topology.exponential, topology.hypercube, topology.ring)
 DRAWN = (topology.balanced, topology.derangements, topology.latin, topology.pull, topology.symmetric)
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         print(args.run(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--hosts", type=int, default=1, help="equal hosts, to count the messages that leave them")
     command.add_argument("--slices", type=int, default=1, help="equal slices, likewise, and for symmetric")
     command.add_argument("--seed", type=int, help="of a drawn pool (default: 0)")
+    command.add_argument("--plot", metavar="FILE", help="draw it too, as PNG or SVG; needs matplotlib")
     command.add_argument("--json", action="store_true", help="print the same as JSON")
     command = commands.add_parser("plan", help="print what a step takes, by every algorithm")
     command.set_defaults(run=_run_plan)
@@ -66,7 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_describe(args: argparse.Namespace) -> str:
-    report = describe(_pool(args), hosts=args.hosts, slices=args.slices)
+    pool = _pool(args)
+    report = describe(pool, hosts=args.hosts, slices=args.slices)
+    if args.plot:
+        draw(args.name, pool, args.hosts, args.slices).savefig(args.plot)
     return json.dumps({"name": args.name} | report, indent=2) if args.json else as_text(args.name, report)
 
 

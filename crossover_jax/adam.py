@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crossover_jax.leaves import PyTree
+from crossover_jax.leaves import OwnGradient, PyTree
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 
@@ -17,7 +17,7 @@ class ScaleByGossipAdamState(NamedTuple):
     mu: PyTree
     nu: PyTree
     signal: PyTree  # Σ EMA(q) of each leaf, shape=(), dtype=float32
-    last: PyTree  # the gradient before
+    last: OwnGradient  # the gradient before
 
 
 def gossip_adamw(
@@ -31,8 +31,8 @@ def gossip_adamw(
 ) -> optax.GradientTransformation:
     """`optax.adamw` whose steps are those of Adam on the average gradient of `num_workers`: see `scale_by_gossip_adam`.
 
-    For `mix_after`, `mix_during`, `crossover_sgd` and whatever else exchanges parameters at every step or so. Not for
-    `allreduce_sgd`, whose optimizer sees the average gradient already.
+    For `mix_after`, `mix_during`, `crossover_sgd` and whatever else exchanges parameters at every step or so. An
+    algorithm whose optimizer sees the average gradient, `allreduce_sgd`, refuses it.
 
     >>> from crossover_jax import crossover_sgd
     >>> algorithm = crossover_sgd(gossip_adamw(1e-3, num_workers=8), num_workers=8)
@@ -82,7 +82,7 @@ def scale_by_gossip_adam(
     def init(params: PyTree) -> ScaleByGossipAdamState:
         mu, nu, last = (optax.tree.zeros_like(params) for _ in range(3))
         signal = jax.tree.map(lambda x: jnp.zeros((), jnp.float32), params)
-        return ScaleByGossipAdamState(jnp.zeros((), jnp.int32), mu, nu, signal, last)
+        return ScaleByGossipAdamState(jnp.zeros((), jnp.int32), mu, nu, signal, OwnGradient(last))
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, ScaleByGossipAdamState]:
         del params
@@ -91,7 +91,7 @@ def scale_by_gossip_adam(
             lambda s, g, last: b2 * s + (1 - b2) * jnp.sum(g * last, dtype=jnp.float32),
             state.signal,
             updates,
-            state.last,
+            state.last.tree,
         )
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
@@ -103,6 +103,7 @@ def scale_by_gossip_adam(
             r = jnp.where(before == 0, 1.0, r)
             return m / (jnp.sqrt(v * (1 / num_workers + (1 - 1 / num_workers) * r).astype(v.dtype)) + eps)
 
-        return jax.tree.map(step, m_hat, v_hat, signal), ScaleByGossipAdamState(count, mu, nu, signal, updates)
+        new = ScaleByGossipAdamState(count, mu, nu, signal, OwnGradient(updates))
+        return jax.tree.map(step, m_hat, v_hat, signal), new
 
     return optax.GradientTransformation(init, update)

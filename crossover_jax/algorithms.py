@@ -11,7 +11,7 @@ import optax
 from crossover_jax.axes import highest
 from crossover_jax.deprecated import renames
 from crossover_jax.guard import depends_on_arguments
-from crossover_jax.leaves import PyTree, flatten, travels, widened
+from crossover_jax.leaves import PyTree, flatten, is_own_gradient, travels, widened
 from crossover_jax.mixing import AnyMix, Mix, as_mix, average, every
 
 
@@ -158,6 +158,7 @@ def mix_with_momentum(
     Whatever the optimizer keeps in the shape of the parameters travels along, by `momentum_mix` or by the same `mix`:
     workers that share their momentum disagree less, for what drives them apart is what their own momentum remembers.
     Of an optimizer behind `optax.masked` or `optax.multi_transform` that is the momentum of the parameters it trains.
+    The gradient before, which `gossip_adamw` keeps too, is a worker's own and stays with it.
     With `gossip(..., wire="bfloat16")` both together are the bytes of one float32 model. `init` raises `ValueError`
     where the optimizer keeps nothing of that shape.
 
@@ -183,16 +184,23 @@ def mix_with_momentum(
     def update(grads, state, params, step, **extra):
         updates, new = optimizer.update(grads, state, params, **extra)
         params, state = apply_if_finite(params, updates, new, state, sent=_momenta(new, params))
-        is_momentum = is_like(params)
-        state = jax.tree.map(lambda x: momentum_mix(x, step) if is_momentum(x) else x, state, is_leaf=is_momentum)
+        state = _map_momenta(lambda x: momentum_mix(x, step), state, params)
         return mix(params, step), state
 
     return Algorithm(init, update)
 
 
 def _momenta(state: PyTree, params: PyTree) -> list[PyTree]:
+    found = []
+    _map_momenta(found.append, state, params)
+    return found
+
+
+def _map_momenta(function: Callable[[PyTree], PyTree], state: PyTree, params: PyTree) -> PyTree:
     is_momentum = is_like(params)
-    return [x for x in jax.tree.leaves(state, is_leaf=is_momentum) if is_momentum(x)]
+    return jax.tree.map(
+        lambda x: function(x) if is_momentum(x) else x, state, is_leaf=lambda x: is_own_gradient(x) or is_momentum(x)
+    )
 
 
 def is_like(params: PyTree) -> Callable[[PyTree], bool]:
@@ -201,17 +209,15 @@ def is_like(params: PyTree) -> Callable[[PyTree], bool]:
     def is_masked(x: Any) -> bool:
         return isinstance(x, optax.MaskedNode)
 
-    def fits(x: Any, below: Any) -> bool:
-        return not is_masked(x) and jax.tree_util.all_leaves([below]) and jnp.shape(x) == jnp.shape(below)
+    def fits(x: Any, below: Any) -> bool | None:  # a masked part of the state stands for all parameters below it
+        return None if is_masked(x) else jax.tree_util.all_leaves([below]) and jnp.shape(x) == jnp.shape(below)
 
     def is_like(x: PyTree) -> bool:
-        try:  # a masked part of the state stands for all parameters below it
-            parts = jax.tree.map(
-                lambda x, below: None if is_masked(x) else fits(x, below), x, params, is_leaf=is_masked
-            )
+        try:
+            parts = jax.tree.leaves(jax.tree.map(fits, x, params, is_leaf=is_masked))
         except (TypeError, ValueError):
             return False
-        return bool(jax.tree.leaves(parts)) and all(jax.tree.leaves(parts))
+        return bool(parts) and all(parts)
 
     return is_like
 
@@ -270,26 +276,6 @@ def mix_relative(optimizer: optax.GradientTransformation, mix: AnyMix, renew_eve
         return params, RelativeState(new, reference)
 
     return Algorithm(init, update)
-
-
-def average_grads(
-    optimizer: optax.GradientTransformation, axis: str | None = None, *, specs: PyTree = None
-) -> Algorithm:
-    """AllReduce-SGD: every worker steps with the gradient averaged over all workers, synchronous data parallelism.
-
-    `specs` is `gossip`'s, of gradients. One that is not finite makes the average so, and no worker steps.
-
-    >>> algorithm, x, grads = average_grads(optax.sgd(1.0)), jnp.zeros(4), jnp.arange(4.0)
-    >>> jax.vmap(lambda g, x: algorithm.update(g, algorithm.init(x), x, 0)[0], axis_name="worker")(grads, x).tolist()
-    [-1.5, -1.5, -1.5, -1.5]
-    """
-    optimizer, mean = optax.with_extra_args_support(optimizer), average(axis, specs=specs)
-
-    def update(grads, state, params, step, **extra):
-        updates, new = optimizer.update(mean(grads, step), state, params, **extra)
-        return apply_if_finite(params, updates, new, state)
-
-    return Algorithm(optimizer.init, update)
 
 
 class CountedState(NamedTuple):

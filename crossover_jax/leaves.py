@@ -1,12 +1,22 @@
 """The leaves of a tree: their names, which of them can be averaged, and which are random keys."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
+
+
+class OwnGradient(NamedTuple):
+    """A gradient of one worker in an optimizer's state: it looks like momentum, but is of no use to another worker."""
+
+    tree: PyTree
+
+
+def is_own_gradient(node: Any) -> bool:
+    return isinstance(node, OwnGradient)
 
 
 def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:

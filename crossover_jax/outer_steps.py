@@ -41,7 +41,7 @@ def outer(
     travels. Compare momenta at one η / (1 − μ): the steps of an outer momentum are longer by 1 / (1 − μ).
 
     Args:
-      inner: an optimizer, or an algorithm of its own exchanges, as `average_grads(optimizer, "fast")` inside a group.
+      inner: an optimizer, or an algorithm of its own exchanges, as `allreduce_sgd(optimizer, "fast")` inside a group.
       mix: its step is the number of outer steps before; leaves that it keeps at home take no outer step.
       every: inner steps between two outer ones.
 

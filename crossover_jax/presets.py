@@ -5,12 +5,20 @@
 
 from typing import Any
 
+import jax
 import optax
 
-from crossover_jax.algorithms import Algorithm, average_grads, mix_after, mix_during, mix_relative, mix_with_momentum
+from crossover_jax.algorithms import (
+    Algorithm,
+    apply_if_finite,
+    mix_after,
+    mix_during,
+    mix_relative,
+    mix_with_momentum,
+)
 from crossover_jax.cuts import Cut, by_size, whole
 from crossover_jax.deprecated import renames, warn
-from crossover_jax.leaves import PyTree
+from crossover_jax.leaves import PyTree, is_own_gradient
 from crossover_jax.mixing import Mix, TableOrFunction, average, every, gossip, repeat
 from crossover_jax.packing import Leaves
 from crossover_jax.push_sum import push_sum
@@ -180,7 +188,33 @@ def d_psgd(optimizer: Optimizer, num_workers: int, *, axis: str | None = None, s
     return mix_during(optimizer, gossip(ring(num_workers), whole(), cycle, axis, specs=specs))
 
 
-allreduce_sgd = average_grads  # by the name that it is known by
+def allreduce_sgd(optimizer: Optimizer, axis: str | None = None, *, specs: PyTree = None) -> Algorithm:
+    """Every worker steps with the gradient averaged over all workers, synchronous data parallelism.
+
+    `specs` is `gossip`'s, of gradients. One that is not finite makes the average so, and no worker steps. `init` raises
+    `ValueError` for `gossip_adamw`, which wants a worker's own gradient; but not along a given `axis`, a group's.
+
+    >>> import jax, jax.numpy as jnp
+    >>> algorithm, x, grads = allreduce_sgd(optax.sgd(1.0)), jnp.zeros(4), jnp.arange(4.0)
+    >>> jax.vmap(lambda g, x: algorithm.update(g, algorithm.init(x), x, 0)[0], axis_name="worker")(grads, x).tolist()
+    [-1.5, -1.5, -1.5, -1.5]
+    """
+    optimizer, mean = optax.with_extra_args_support(optimizer), average(axis, specs=specs)
+
+    def init(params):
+        state = optimizer.init(params)
+        if axis is None and any(map(is_own_gradient, jax.tree.leaves(state, is_leaf=is_own_gradient))):
+            raise ValueError(
+                "`optimizer` must take the average gradient, got `gossip_adamw`, which takes a worker's own: use "
+                "`optax.adamw`."
+            )
+        return state
+
+    def update(grads, state, params, step, **extra):
+        updates, new = optimizer.update(mean(grads, step), state, params, **extra)
+        return apply_if_finite(params, updates, new, state)
+
+    return Algorithm(init, update)
 
 
 def local_sgd(

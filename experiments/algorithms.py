@@ -8,7 +8,7 @@ import optax
 
 import crossover_jax as cj
 from crossover_jax import topology
-from experiments import models
+from experiments import models, others
 
 PyTree = Any
 CUTS = {"size": cj.by_size, "rows": cj.by_rows}
@@ -144,6 +144,40 @@ def _outer(
     return cj.outer(optimizer, outer_optimizer, exchange, 1 if stream else every, overlap=overlap)
 
 
+def _noloco(
+    optimizer: optax.GradientTransformation,
+    num_workers: int,
+    params: PyTree,
+    specs: PyTree,
+    *,
+    pool_size: int,
+    seed: int,
+    **own: Any,
+) -> cj.Algorithm:
+    """The whole model to one peer, pairs taken in turn."""
+    del params
+    pool = others.pairs(num_workers, pool_size, seed)
+    of_both = None if specs is None else (specs, specs)  # φ and φ − θ travel together
+    return others.noloco(optimizer, cj.gossip(pool, cj.whole(), topology.cycle, specs=of_both), **own)
+
+
+def _des_loc(
+    optimizer: optax.GradientTransformation,
+    num_workers: int,
+    params: PyTree,
+    specs: PyTree,
+    *,
+    rounds: int,
+    wire: str | None,
+    seed: int,
+    **own: Any,
+) -> cj.Algorithm:
+    """By gossip, where the paper averages."""
+    del params
+    mix = cj.repeat(rounds, cj.crossover(num_workers, wire=wire, seed=seed, specs=specs))
+    return others.des_loc(optimizer, mix, **own)
+
+
 # name -> (optimizer, number of workers, one worker's parameters, their specs, the keys of its group) -> Algorithm
 ALGORITHMS: dict[str, Callable[..., cj.Algorithm]] = {
     "alone": lambda optimizer, n, params, specs: cj.mix_after(optimizer, cj.chain()),  # nobody hears anybody
@@ -155,4 +189,6 @@ ALGORITHMS: dict[str, Callable[..., cj.Algorithm]] = {
     "crossover_phases": _crossover_phases,
     "crossover_paper": _crossover_paper,
     "outer": _outer,
+    "noloco": _noloco,
+    "des_loc": _des_loc,
 }

@@ -20,6 +20,8 @@ Edge = tuple[int, int, float]  # source, target, bytes
 # "%name = type operation(operands), attributes". A tuple of types holds spaces, and "=" may stand in attributes; so the
 # operation is what follows the first type and stands before a bracket.
 _DEFINITION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (?:\(.*?\)|\S+) ([a-z][a-z\-]*)\(")
+# As above, with the name, the result and the operands.
+_OPERATION = re.compile(r"^\s*(?:ROOT )?(%?[\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z\-]*)\(([^)]*)\)")
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -88,6 +90,40 @@ def schedule(text: str) -> list[str]:
             )
             operations.append("matmul" if is_matmul else name)
     return operations
+
+
+def in_flight(text: str) -> int | None:
+    """Bytes per chip of messages that are under way across a loop of a compiled program's entry; None without a loop.
+
+    Counted are the buffers of permutes, sends and receives that start before the loop and are done behind it: of what
+    arrives, and of what leaves, once in however many messages it goes, even where it is a leaf of the state itself. Of
+    several loops the one with the most.
+
+    >>> start = " s = (f32[8]{0}, f32[8]{0}, u32[]) collective-permute-start(x)"
+    >>> done, loop = " d = f32[8]{0} collective-permute-done(s)", " w = f32[] while(y), body=b"
+    >>> [in_flight("\\n".join(["ENTRY", *x])) for x in ([start, loop, done], [start, done, loop], [start, done])]
+    [64, 0, None]
+    """
+    buffers: dict[str, dict[str, int]] = {}  # of each start that is not done, by name
+    found = None
+    for line in text[text.index("ENTRY") :].splitlines():
+        if line.startswith("}"):
+            break
+        if not (match := _OPERATION.match(line)):
+            continue
+        name, result, operation, operands = match.groups()
+        if operation == "while":
+            alive = {key: size for own in buffers.values() for key, size in own.items()}
+            found = max(found or 0, sum(alive.values()))
+        elif operation in ("send", "recv", "collective-permute-start"):
+            size = sum(_bytes(dtype, shape) for dtype, shape in _SHAPE.findall(result) if shape)  # no contexts
+            size //= 2 if operation == "collective-permute-start" else 1  # its result lists what leaves too
+            what = operands.split(",")[0] if operation == "send" else operands  # a send's other operand is a token
+            leaves, arrives = {f"of {what}": size}, {f"to {name}": size}
+            buffers[name] = {"send": leaves, "recv": arrives}.get(operation, leaves | arrives)
+        elif operation.endswith("-done"):
+            buffers.pop(operands, None)
+    return found
 
 
 class Traffic(NamedTuple):

@@ -17,7 +17,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -30,12 +30,14 @@ if not __package__:  # as a script
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 import crossover_jax as cj
+from crossover_jax import islands
+from crossover_jax.islands.observe import OBSERVER
 from experiments import card, checkpoint, data, models, processes, report
 from experiments.checkpoint import Damaged
 from experiments.evaluate import make_evaluate
 from experiments.paths import local_path
 from experiments.program import Program, make_program
-from experiments.settings import completed
+from experiments.settings import config_of
 from experiments.step import Diverged, TrainState
 from experiments.workdir import METRICS, Row, read_rows
 
@@ -74,11 +76,15 @@ def export(
     batch_norm: str = "recalibrate",
     examples: int = 8192,
     data_dir: str | None = None,
+    roster: str | None = None,
+    keys: str | None = None,
 ) -> Figures:
     """Write to the folder `out`, new or empty, a model of the run in `workdir`: all of it, or nothing.
 
     `step` is a number, "best" or "last", which goes back to the newest whole checkpoint; `workers` is "mean" or the
-    number of one. Raises `ValueError` for what cannot be had, `Damaged` and `data.DataMissing`.
+    number of one. With the `roster` of islands that train now `workdir` is that of one of them, and the model the mean
+    of all; `keys` is the folder of their keys, None for plain text. Raises `ValueError` for what cannot be had,
+    `Damaged`, `data.DataMissing` and `islands.LinkError`.
     """
     workdir, out = local_path("WORKDIR", workdir), local_path("OUT", out).resolve()
     if batch_norm not in BATCH_NORM:
@@ -96,11 +102,15 @@ def export(
     model_of = restored.program.algorithm.model
     of_workers = cj.per_worker(lambda s: (model_of(s.params, s.algorithm), s.model_state), num_workers, donate=False)
     own = of_workers(restored.state)
+    if roster is not None:
+        tls = islands.Tls.of(keys, OBSERVER) if keys else None
+        own = islands.gather_mean(islands.roster_of(roster), like=own[0], tls=tls), own[1]
     params, model_state = cj.mean_over_workers(own) if workers == "mean" else cj.one_worker(own, int(workers))
     model_state, statistics = _statistics(restored, params, model_state, workers, batch_norm, examples)
     figures = evaluate(workdir, restored, own[0], params, model_state)
     tree = plain({"params": params, "model_state": model_state})
-    write(out, tree, _card(restored, workers, figures, statistics, tree), card.config_text(restored.record))
+    what = "islands" if roster is not None else workers
+    write(out, tree, _card(restored, what, figures, statistics, tree), card.config_text(restored.record))
     return figures
 
 
@@ -124,10 +134,11 @@ def _statistics(
 def _card(restored: Restored, workers: str, figures: Figures, statistics: str, tree: PyTree) -> str:
     record, row = restored.record, figures.workers
     of = f"{record['num_workers']} workers"
+    what = f"The average of the models of {of}" if workers == "mean" else f"Worker {workers}, one of {of},"
     return card.fill(
         record,
         restored.eval_set,
-        what=f"The average of the models of {of}" if workers == "mean" else f"Worker {workers}, one of {of},",
+        what="The average of the models of all islands" if workers == "islands" else what,
         epochs=record["examples"] / len(restored.train_set),
         accuracy=figures.accuracy,
         loss=figures.loss,
@@ -205,13 +216,10 @@ def config_from(record: dict[str, Any]) -> ml_collections.ConfigDict:
     >>> config.seed, config.model.options.bn_groups
     (3, 1)
     """
-    nested: dict[str, Any] = {"model": {"options": {}}}  # a folder without keys has left no trace
-    for name, value in completed(card.recorded_config(record)).items():
-        *folders, key = name.split(".")
-        reduce(lambda folder, name: folder.setdefault(name, {}), folders, nested)[key] = value
-    if "bn_groups" in nested["model"]["options"]:
-        nested["model"]["options"]["bn_groups"] = 1
-    return ml_collections.ConfigDict(nested).lock()
+    config = config_of(card.recorded_config(record))
+    if "bn_groups" in config.model.options:
+        config.model.options.bn_groups = 1
+    return config.lock()
 
 
 def recalibrated(
@@ -306,6 +314,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch_norm", default="recalibrate", choices=BATCH_NORM, help="which statistics")
     parser.add_argument("--examples", type=int, default=8192, help="of the training set, to recalibrate; default: 8192")
     parser.add_argument("--data_dir", help="where the data lie; default: where they did")
+    parser.add_argument("--roster", help="of islands that train now: the mean of all, WORKDIR being that of one")
+    parser.add_argument("--keys", metavar="DIR", help="with --roster: of `islands keys`; default: plain text")
     return parser.parse_args(argv)
 
 
@@ -315,7 +325,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # TFDS reports each file that it reads
     try:
         figures = export(**vars(args))
-    except (ValueError, data.DataMissing, Damaged, Diverged) as error:
+    except (ValueError, data.DataMissing, Damaged, Diverged, islands.LinkError) as error:
         sys.exit(f"error: {error}")
     row = figures.workers
     lines = {

@@ -3,24 +3,27 @@
     python -m experiments.figures --results experiments/results --out figures
 
 Ours is the test accuracy of the averaged model, a mean over seeds with its 95 % interval; theirs is one run of
-ResNet-50 on ImageNet per point. A study that has not been run is left out.
+ResNet-50 on ImageNet per point. Of language models there is bits per byte against bytes sent per token. A study that
+has not been run is left out.
 """
 
 import argparse
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 if not __package__:  # as a script
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from experiments import csv_rows
+from experiments.frontier import bytes_per_token, draw_frontier, final_bits
+from experiments.intervals import Interval, interval, paired
 from experiments.paths import local_path
+from experiments.studies import lm_frontier, lm_others
 from experiments.studies.study import FINAL, TUNING, Row, run_of
 
 PAPER = pathlib.Path(__file__).parent / "results" / "paper.csv"
@@ -33,18 +36,6 @@ ABLATIONS = {
     "no segments": "crossover_no_segment",
     "neither": "crossover_no_load_balance_no_segment",
 }
-
-
-class Interval(NamedTuple):
-    """A mean with half of its 95 % interval."""
-
-    mean: float
-    half: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half:.2f}"
-
-
 Accuracies = Mapping[str, Mapping[int, float]]  # of arms, by seed
 
 
@@ -72,6 +63,14 @@ def main(argv: Sequence[str]) -> int:
     if tuning := tuning_accuracies(csv_rows.read(results / "batch.csv")):
         draw_rates(tuning, paper).savefig(out / "rates.png", dpi=110)
         print(f"\nlearning rates: {out / 'rates.png'}")
+    bits, sent = {}, {}
+    for name, study in FRONTIER.items():
+        rows = csv_rows.read(results / f"{name}.csv")
+        sent |= bytes_per_token(rows, study.get_study())
+        bits |= {arm: own for arm, own in final_bits(rows).items() if arm in sent}
+    if bits:
+        draw_frontier(bits, sent).savefig(out / "frontier.png", dpi=110)
+        print(f"\nfrontier, bits per byte: {out / 'frontier.png'}\n{table(bits, digits=4)}")
     return 0
 
 
@@ -93,26 +92,6 @@ def tuning_accuracies(rows: Sequence[Row]) -> dict[str, dict[float, list[float]]
     return found
 
 
-def interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Mean and half of Student's 95 % interval; infinite for one value.
-
-    >>> print(interval([1.0, 2.0, 3.0]))
-    +2.00 ± 2.48
-    """
-    x = np.asarray(values, float)
-    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.inf
-    return Interval(float(x.mean()), float(half))
-
-
-def paired(of: Mapping[int, float], to: Mapping[int, float]) -> Interval:
-    """How much better `of` is than `to`, over the seeds that both have.
-
-    >>> print(paired({0: 2.0, 1: 4.0}, {0: 1.0, 1: 2.0, 2: 0.0}))
-    +1.50 ± 6.35
-    """
-    return interval([of[seed] - to[seed] for seed in sorted(of.keys() & to.keys())])
-
-
 def baseline_of(arm: str, found: Accuracies) -> str:
     """The AllReduce that an arm is compared with: where there are several, that of its batch or warm-up."""
     own = f"allreduce {arm.partition(' ')[2]}"
@@ -125,14 +104,14 @@ def difference(arm: str, found: Accuracies) -> Interval | None:
     return paired(found[arm], found[baseline]) if baseline in found and baseline != arm else None
 
 
-def table(found: Accuracies) -> str:
-    """A line per arm: its accuracy, and the paired difference to its AllReduce."""
-    lines = []
+def table(found: Accuracies, digits: int = 2) -> str:
+    """A line per arm: its accuracy, or bits, and the paired difference to its AllReduce."""
+    lines, spec = [], f".{digits}f"
     for arm, of_seeds in found.items():
         own, less = interval(list(of_seeds.values())), difference(arm, found)
-        line = f"  {arm:28} {own.mean:6.2f} ± {own.half:.2f}  {len(of_seeds):2} seeds"
+        line = f"  {arm:28} {own.mean:6{spec}} ± {own.half:{spec}}  {len(of_seeds):2} seeds"
         if less is not None:
-            line += f"   to {baseline_of(arm, found)}: {less}"
+            line += f"   to {baseline_of(arm, found)}: {less:{spec}}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -247,6 +226,7 @@ def draw_bars(found: Accuracies, paper: Sequence[Row]) -> Figure:
     return figure
 
 
+FRONTIER = {"lm_frontier": lm_frontier, "lm_others": lm_others}  # one picture of both
 STUDIES = {
     "batch": draw_batch,
     "workers": draw_workers,

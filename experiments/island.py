@@ -16,6 +16,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from experiments import checkpoint, data, flags, processes
 from experiments.checkpoint import Checkpoints, Damaged, NotSaved
 from experiments.islands.program import IslandProgram, make_island_program
 from experiments.program import place_workers
-from experiments.settings import as_json
+from experiments.settings import versions
 from experiments.step import Diverged, TrainState, fetch
 from experiments.workdir import METRICS, append, locked, open_workdir
 
@@ -67,8 +68,10 @@ class Settings(NamedTuple):
     step_log: str | None = None
 
 
-def train(config: Any, workdir: str | pathlib.Path, settings: Settings) -> TrainState:
-    """Train until the run's clock is at its end; this island's last state.
+def train(
+    config: Any, workdir: str | pathlib.Path, settings: Settings, *, devices: Sequence[jax.Device] | None = None
+) -> TrainState:
+    """Train on `devices` (default: all) until the run's clock is at its end; this island's last state.
 
     Raises `ValueError` for settings that do not fit together, `data.DataMissing`, `islands.NoState` where there is
     nothing to begin with, `islands.Superseded` where a newer process has the name, `Diverged`, `NotSaved`, and
@@ -80,7 +83,7 @@ def train(config: Any, workdir: str | pathlib.Path, settings: Settings) -> Train
         alone = config.copy_and_resolve_references()
         with alone.unlocked():
             alone.num_workers, alone.batch_size = 1, config.batch_size // config.num_workers
-        made = make_island_program(config, place_workers(alone, jax.devices()))
+        made = make_island_program(config, place_workers(alone, devices or jax.devices()))
         state, record = restored(workdir, made)
         island = islands.Island(
             settings.roster,
@@ -124,11 +127,11 @@ class _Run:
         with processes.Preemption() as preemption, contextlib.closing(saves) if saves else contextlib.nullcontext():
             while island.clock < made.total and not preemption.reached(self.own_step):
                 state = self.step(state, next(batches))
-                if self.own_step % config.log_every == 0:
-                    self.row()
+                is_last = island.clock >= made.total
+                if is_last or self.own_step % config.log_every == 0:
+                    self.row(made.evaluate(self.own_step, state) if is_last else {})
                 if saves and self.own_step % every == 0:
                     self.save(saves, state)
-            self.row(made.evaluate(self.own_step, state) if island.clock >= made.total else {})
             if saves:
                 if saves.last != self.own_step:
                     self.save(saves, state)
@@ -161,10 +164,8 @@ class _Run:
                 file.write(line)
         return state._replace(params=params)
 
-    def row(self, more: dict[str, float] | None = None) -> None:
+    def row(self, more: dict[str, float]) -> None:
         """Add a row of metrics. Raises `Diverged`."""
-        if not self.unread:
-            return
         found = fetch(self.own_step - len(self.unread) + 1, self.unread, self.made.program.leaves)
         whole, exchange = np.array(self.seconds).T if self.seconds else np.zeros((2, 1))
         status = self.island.status()
@@ -180,7 +181,7 @@ class _Run:
             "step_seconds_p99": float(np.quantile(whole, 0.99)),
             "exchange_seconds": float(np.median(exchange)),
             "errors": status["errors"],
-            **(more or {}),
+            **more,
         }
         append(self.workdir / METRICS, json.dumps(row) + "\n")
         self.unread, self.seconds = [], []
@@ -190,7 +191,8 @@ class _Run:
             "examples": int(self.island.clock),
             "rollbacks": 0,
             "num_workers": 1,
-            "config": as_json(self.made.config),
+            "config": self.made.record,
+            "provenance": versions(),
             "clock": self.island.counts,
             "best": None,
         }

@@ -38,32 +38,36 @@ def make_optimizer(
             return learning_rate * shape(step)
 
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    own = dict(config[config.optimizer])
-    if config.optimizer == "gossip_adamw":
-        own["num_workers"] = config.num_workers
-    return optax.chain(*clip, OPTIMIZERS[config.optimizer](rate, scheduled, **own), note_finite())
+    optimizer = OPTIMIZERS[config.optimizer](rate, scheduled, config.num_workers, **config[config.optimizer])
+    return optax.chain(*clip, optimizer, note_updates())
 
 
-class FiniteState(NamedTuple):
-    finite: jax.Array  # shape=(), dtype=bool
+class NoteState(NamedTuple):
+    count: jax.Array  # shape=(), dtype=int32: of all updates
+    taken: jax.Array  # shape=(), dtype=float32, exact up to 2**24: what `count` was behind the last that was taken
+
+    @property
+    def is_left_out(self) -> jax.Array:
+        """Whether the algorithm left out the last update."""
+        return self.taken != self.count.astype(self.taken.dtype)
 
 
-def note_finite() -> optax.GradientTransformation:
-    """Keep in the state whether the last update was finite, and change nothing.
+def note_updates() -> optax.GradientTransformation:
+    """Keep in the state whether the algorithm has taken the last update, and change nothing.
 
-    The algorithms leave out an update that is not, so that peers do not take a NaN. A run in which every one is left
-    out would go on to its end, having learnt nothing: `train_step` tells it by this flag, which stays although the
-    rest of the state is taken back.
+    The algorithms leave out an update that is not finite, so that peers do not take a NaN. A run in which every one is
+    left out would go on to its end, having learnt nothing: `train_step` tells it by this note. For they then keep what
+    integers count, and take back all floating-point numbers: one number as both comes apart.
     """
 
-    def init(params: PyTree) -> FiniteState:
+    def init(params: PyTree) -> NoteState:
         del params
-        return FiniteState(jnp.bool_(True))
+        return NoteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, FiniteState]:
-        del state, params
-        finite = [jnp.isfinite(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(updates)]
-        return updates, FiniteState(jnp.stack(finite).all())
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, NoteState]:
+        del params
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return updates, NoteState(count, count.astype(jnp.float32))
 
     return optax.GradientTransformation(init, update)
 
@@ -96,35 +100,48 @@ def make_schedule(config: ml_collections.ConfigDict, num_steps: int, peak: float
     return optax.schedules.join_schedules([rise, fall], [warmup])
 
 
-def _sgd(rate, scheduled, *, momentum, nesterov, weight_decay):
-    del scheduled
+def _sgd(rate, scheduled, num_workers, *, momentum, nesterov, weight_decay):
+    del scheduled, num_workers
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=matrices),
         optax.sgd(rate, momentum=momentum, nesterov=nesterov),
     )
 
 
-def _lars(rate, scheduled, *, weight_decay, average_norms, **own):
+def _lars(rate, scheduled, num_workers, *, weight_decay, average_norms, **own):
+    del num_workers
     # As in the paper the decay follows the learning rate: a constant one would grow beside a rate that falls to zero.
     return lars(rate, weight_decay=scheduled(weight_decay), axis="worker" if average_norms else None, **own)
 
 
-def _adamw(rate, scheduled, **own):
-    del scheduled
+def _adamw(rate, scheduled, num_workers, **own):
+    del scheduled, num_workers
     return optax.adamw(rate, mask=matrices, **own)
 
 
-def _gossip_adamw(rate, scheduled, **own):
+def _gossip_adamw(rate, scheduled, num_workers, **own):
     del scheduled
-    return cj.gossip_adamw(rate, mask=matrices, **own)
+    return cj.gossip_adamw(rate, num_workers, mask=matrices, **own)
 
 
-# name -> (learning rate, peak -> schedule of that peak, the keys of its group) -> GradientTransformation
+def _muon(rate, scheduled, num_workers, *, beta, b2, weight_decay):
+    del scheduled, num_workers
+    # As long as AdamW's steps, arXiv:2502.16982, for which there is one learning rate. Decay is of `matrices`, and
+    # optax' own would be of the scales of normalisation too.
+    muon = optax.contrib.muon(
+        1.0, beta=beta, adam_b2=b2, muon_weight_dimension_numbers=matrices_of_layers, consistent_rms=0.2
+    )
+    decay = optax.add_decayed_weights(weight_decay, mask=matrices)
+    return optax.chain(muon, optax.scale(-1.0), decay, optax.scale_by_learning_rate(rate))
+
+
+# name -> (learning rate, peak -> schedule of that peak, number of workers, the keys of its group) -> optimizer
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": _sgd,
     "lars": _lars,
     "adamw": _adamw,
     "gossip_adamw": _gossip_adamw,
+    "muon": _muon,
 }
 DECAYS = ("cosine", "polynomial")
 
@@ -145,6 +162,25 @@ def matrices(params: PyTree) -> PyTree:
         return x.ndim > 1 and not name.endswith("norm")  # the scales of scanned layers are [layers, width]
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def matrices_of_layers(params: PyTree) -> PyTree:
+    """Which axes of a decoder's scanned layers are a matrix's rows and columns, for Muon; None of all other leaves.
+
+    >>> matrices_of_layers({"layers": {"out": jnp.zeros((2, 4, 8, 32)), "norm": jnp.zeros((2, 32))}})["layers"]["out"]
+    MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=(3,))
+    """
+
+    def axes(path: tuple, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.startswith("layers/") or x.ndim < 3:
+            return None
+        first_of_output = x.ndim - 1 if name.endswith("out") else 2  # heads are two axes: behind, or before, the width
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(1, first_of_output)), tuple(range(first_of_output, x.ndim))
+        )
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def lars(

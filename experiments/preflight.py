@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 import crossover_jax as cj
 from experiments import data, flags, report
 from experiments.algorithms import make_algorithm
-from experiments.compiled import collectives, traffic
+from experiments.compiled import collectives, in_flight, traffic
 from experiments.operations import operations
 from experiments.program import Program, batch_spec, make_program, place_workers
 from experiments.settings import check_settings
@@ -129,6 +129,7 @@ def of_compiled(run: jax.stages.Wrapped, args: tuple[PyTree, ...], mesh: Mesh) -
         "temporary_bytes_per_chip": memory.temp_size_in_bytes,
         "peak_bytes_per_chip": getattr(memory, "peak_memory_in_bytes", None),
         "operations_per_chip": operations(run, *args) * mesh.shape["worker"] / mesh.size,  # a worker's, shared evenly
+        "in_flight_bytes_per_chip": None if text is None else in_flight(text),  # None too where there is no loop
         "conditionals": None if text is None else collectives(text)["conditional"],
         "collectives": None if text is None else [row._asdict() for row in traffic(text, mesh)],
     }
@@ -182,6 +183,8 @@ def _rows(found: dict[str, Any], part: int) -> dict[str, str]:
     }
     if found["collectives"] is None:
         return rows | {"collectives": "unknown: this jaxlib cannot read what libtpu compiled, a newer one can"}
+    if found["in_flight_bytes_per_chip"] is not None:
+        rows["in flight across a loop"] = f"{_mebibytes(found['in_flight_bytes_per_chip'])} per chip"
     rows["conditionals"] = str(found["conditionals"])
     for row in found["collectives"]:
         name = f"{row['operation']} over {', '.join(row['axes'])}, {row['link']}"

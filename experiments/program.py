@@ -1,5 +1,6 @@
 """From a config to what is run: mesh, model, algorithm, step and placements."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -268,13 +269,14 @@ def loss_fn(
 def wire_bytes_per_step(algorithm: cj.Algorithm, params: PyTree, config: ml_collections.ConfigDict) -> float:
     """Bytes that a worker sends per step, from the traced program, averaged over workers and the first rounds.
 
-    Over eight of them, or until a reference is renewed.
+    Over eight of them, or until a reference is renewed and what travels seldom has travelled.
     """
     state = jax.eval_shape(algorithm.init, params)
     own = own_keys(config)
     every, renew_every = own.get("local_steps") or own.get("every") or 1, own.get("renew_every")
     every = 1 if own.get("stream") else every
-    num_steps = max(8 * every, renew_every or 0)
+    turns = math.lcm(own.get("first_every", 1), own.get("second_every", 1))  # exchanges, until all clocks begin anew
+    num_steps = max(every * turns * math.ceil(8 / turns), renew_every or 0)
     # Between two exchanges nothing travels; but the reference may be renewed there, which no `every` foresees.
     sending = range(num_steps) if renew_every else range(every - 1, num_steps, every)
 

@@ -1,7 +1,8 @@
-"""What a run shows and leaves behind: a progress bar, rows of metrics for people and programs, curves and a table.
+"""What a run shows and leaves behind: its progress, rows of metrics for people and programs, curves and a table.
 
 workdir/metrics.jsonl   a row of metrics a line
-workdir/events.*        the same for TensorBoard
+workdir/events.*        the same for TensorBoard, in groups
+workdir/config.json     what the run was started with
 workdir/status.json     where the run is: the step that it went on from, and the one of its last row
 workdir/curves.png      accuracy, loss and consensus distance; of text, bits per byte and consensus distance
 """
@@ -20,12 +21,21 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore  # generated code without types
 from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore  # generated code without types
-from tqdm import tqdm
 
 from experiments import processes
+from experiments.progress import Progress
 from experiments.workdir import METRICS, STATUS, Row, append, read_rows, rewrite
 
 EVENTS = "TensorBoard's file"
+TAGS = {  # TensorBoard makes a group of what stands before the first slash
+    "epoch": "progress/epoch",
+    "examples_per_second": "progress/examples_per_second",
+    "tokens_per_second": "progress/tokens_per_second",
+    "wire_bytes_per_step": "sent/wire_bytes_per_step",
+    "wire_bytes_per_token": "sent/wire_bytes_per_token",
+    "bits_per_byte": "eval/mean/bits_per_byte",
+    "consensus_distance": "eval/workers/consensus_distance",
+}
 
 
 class Unwritten(Exception):
@@ -46,7 +56,7 @@ class Events:
         self._writer.flush()
 
     def add(self, row: Row) -> None:
-        values = [Summary.Value(tag=name, simple_value=row[name]) for name in row.keys() - {"step"}]
+        values = [Summary.Value(tag=TAGS.get(name, name), simple_value=row[name]) for name in row.keys() - {"step"}]
         self._write(Event(step=row["step"], summary=Summary(value=values)))
         self._writer.flush()
 
@@ -59,7 +69,7 @@ class Events:
 
 
 class Log:
-    """The progress bar, and rows of metrics, written as soon as they are known; without a `workdir` only collected.
+    """The progress, and rows of metrics, written as soon as they are known; without a `workdir` only collected.
 
     `train/loss` and `train/accuracy` are means over the steps and workers since the row before, and
     `examples_per_second` is measured from row to row, without the evaluations between them. Where an example is text of
@@ -99,19 +109,12 @@ class Log:
             rewrite(workdir / STATUS, json.dumps(self._status))  # behind the rows: who sees it sees those of this run
             self._events = Events(workdir, first_step)
         self._unwritten = ""
-        self._bar = tqdm(
-            total=num_steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=1.0,
-            disable=workdir is None,
-        )
+        self._progress = Progress(first_step, num_steps, shown=workdir is not None)
         self._last = time.perf_counter()
 
     def tick(self, steps: int = 1) -> None:
         """Count steps."""
-        self._bar.update(steps)
+        self._progress.tick(steps)
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """Take the metrics of the steps since the last time, `[steps, workers]`, into the next row."""
@@ -140,7 +143,7 @@ class Log:
         else:
             shown["images_s"] = f"{row['examples_per_second']:.0f}"
         self._means = {name: [] for name in self._means}
-        self._bar.set_postfix(shown)
+        self._progress.show(shown)
         if evaluate is not None:
             row |= evaluate()
             self._lap("evaluation")
@@ -162,7 +165,7 @@ class Log:
 
     def close(self) -> None:
         """End the files and draw the curves of what there is; also for a run that was stopped."""
-        self._bar.close()
+        self._progress.close()
         if self._workdir is None:
             return
         with saying(EVENTS):
@@ -179,7 +182,7 @@ class Log:
 
     def _write(self, row: Row, path: pathlib.Path) -> None:
         if "consensus_distance" in row:
-            self._bar.write(_summary(row))
+            self._progress.write(_summary(row))
         with saying(EVENTS):  # first: a process that dies between the two leaves no row that TensorBoard has not
             self._events.add(row)
         self._unwritten += json.dumps(row) + "\n"

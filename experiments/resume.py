@@ -32,7 +32,7 @@ SAME = Resume()
 
 
 class Start(NamedTuple):
-    """A state and where it stands; `best` is the step and accuracy of the best averaged model so far."""
+    """A state and where it stands; `best` is the step of the best averaged model so far, and how good it is."""
 
     state: TrainState
     step: int = 0

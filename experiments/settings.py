@@ -7,6 +7,7 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import jax
@@ -63,6 +64,20 @@ def completed(recorded: dict[str, Any]) -> dict[str, Any]:
     return {**as_json(default.get_config()), **recorded}
 
 
+def config_of(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config that `as_json` told, with the defaults of keys that came later.
+
+    >>> config = config_of({"seed": 3, "model.options.hidden": [32]})
+    >>> config.seed, config.model.options.hidden, config.num_workers
+    (3, [32], 8)
+    """
+    nested: dict[str, Any] = {"model": {"options": {}}}  # a folder without keys has left no trace
+    for name, value in completed(recorded).items():
+        *folders, key = name.split(".")
+        reduce(lambda folder, name: folder.setdefault(name, {}), folders, nested)[key] = value
+    return ml_collections.ConfigDict(nested)
+
+
 # What is wrong
 
 
@@ -88,7 +103,8 @@ def require_known(key: str, name: str, names: Iterable[str]) -> None:
 def _check_names(config: ml_collections.ConfigDict) -> None:
     known: dict[str, Iterable[str]] = {"dataset.name": data.DATASETS, "model.name": models.MODELS, **CHOICES}
     known |= {"crossover.pool": POOLS, "crossover.cut": CUTS, "outer.mix": ("crossover", "average")}
-    known |= {key: WIRES for key in ("crossover.wire", "outer.wire") if operator.attrgetter(key)(config) is not None}
+    wires = ("crossover.wire", "outer.wire", "des_loc.wire")
+    known |= {key: WIRES for key in wires if operator.attrgetter(key)(config) is not None}
     for key, names in known.items():
         require_known(f"config.{key}", operator.attrgetter(key)(config), names)
 
@@ -100,6 +116,8 @@ def _requirements(config: ml_collections.ConfigDict) -> dict[str, tuple[bool, st
         *("num_workers", "batch_size", "period", "micro_batches", "log_every", "eval_batch_size", "checkpoint.keep"),
         *("crossover.local_steps", "crossover.rounds", "local_sgd.local_steps", "sgp.peers"),
         *("crossover_paper.pool_size", "outer.every", "outer.rounds", "inner.fsdp", "inner.tensor"),
+        *("noloco.every", "noloco.pool_size", "des_loc.every", "des_loc.first_every", "des_loc.second_every"),
+        "des_loc.rounds",
     )
     none_or_at_least_1 = (
         *("steps", "checkpoint.every", "crossover.pool_size", "crossover.segments", "crossover.in_flight"),
@@ -118,6 +136,10 @@ def _requirements(config: ml_collections.ConfigDict) -> dict[str, tuple[bool, st
         "schedule.warmup": (0 <= schedule.warmup <= 1, "from 0 to 1"),
         "schedule.cosine.end": (0 <= schedule.cosine.end <= 1, "from 0 to 1"),
         "schedule.polynomial.tail": (0 <= tail <= 1 - schedule.warmup, "from 0 to 1 minus the warm-up"),
+        "optimizer": (
+            (config.algorithm, config.optimizer) != ("allreduce", "gossip_adamw"),
+            "another, such as 'adamw', with --config.algorithm=allreduce, whose optimizer sees the average gradient",
+        ),
         "clip_norm": (config.clip_norm is None or config.clip_norm > 0, "None or positive"),
         "label_smoothing": (0 <= config.label_smoothing < 1, "at least 0 and below 1"),
     } | (

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from crossover_jax import Algorithm, per_worker
 from crossover_jax import period as period_of
 from experiments import processes
-from experiments.optimizers import FiniteState
+from experiments.optimizers import NoteState
 
 PyTree = Any
 # (params, model_state, batch, key) -> (loss, (model_state, metrics))
@@ -67,14 +67,14 @@ def train_step(
     bad = jnp.stack([~jnp.isfinite(optax.tree.norm(leaf)) for leaf in jax.tree.leaves(grads)])
     metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "bad_leaves": bad.sum(), "first_bad": bad.argmax()}
     params, own = algorithm.update(grads, state.algorithm, state.params, step)
-    flags = [x.finite for x in jax.tree.leaves(own, is_leaf=_is_flag) if _is_flag(x)]
-    if flags:  # no number tells of an update that was left out: NaN, for which `fetch` looks
-        metrics["update"] = jnp.where(jnp.stack(flags).all(), 0.0, jnp.nan)
+    left_out = [x.is_left_out for x in jax.tree.leaves(own, is_leaf=_is_note) if _is_note(x)]
+    if left_out:  # no number tells of an update that was left out: NaN, for which `fetch` looks
+        metrics["update"] = jnp.where(jnp.stack(left_out).any(), jnp.nan, 0.0)
     return TrainState(params, model_state, own), metrics
 
 
-def _is_flag(node: Any) -> bool:
-    return isinstance(node, FiniteState)
+def _is_note(node: Any) -> bool:
+    return isinstance(node, NoteState)
 
 
 def _accumulate(one: Callable, model_state: PyTree, batch: PyTree, micro_batches: int) -> tuple[PyTree, PyTree]:

@@ -6,7 +6,8 @@ On Linux GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before it halves the time of 64 w
 the system at every step, and in small pages that takes as long as the arithmetic.
 
 How arms are tuned and compared: `studies/study.py`. Workers are simulated; a run is `train.py`'s, batch for batch. Runs
-that differ only in seed and learning rate share a compiled program, which trains `--lanes` of them at once.
+that differ only in seed and learning rate share a compiled program, which trains `--lanes` of them at once. Where a
+study goes on from another one, that one's runs are trained again, for nothing of a run is kept but its rows.
 """
 
 import argparse
@@ -30,12 +31,14 @@ from experiments.evaluate import make_evaluate
 from experiments.paths import local_path
 from experiments.program import make_program, steps_of, train_batches, wire_bytes_per_step
 from experiments.settings import check_settings
-from experiments.step import Diverged
+from experiments.step import Diverged, TrainState, init_state
 from experiments.studies.study import (
+    BEFORE,
     FINAL,
     KEY,
     Run,
     Study,
+    final_rate,
     groups_of,
     is_first,
     load_study,
@@ -47,6 +50,7 @@ from experiments.studies.study import (
 
 PyTree = Any
 Row = dict[str, Any]
+Model = tuple[PyTree, PyTree]  # parameters and model state
 COLUMNS = (
     *KEY,
     *("step", "epoch", "train_loss", "accuracy", "loss", "bits_per_byte", "workers_accuracy", "workers_accuracy_min"),
@@ -88,11 +92,12 @@ def run_missing(study: Study, out: pathlib.Path, lanes: int) -> list[Row]:
         for group in groups_of(study, runs):
             trainer = Trainer(study, group[0])
             for i in range(0, len(group), lanes):
-                own = train(study, trainer, group[i : i + lanes])
+                some = group[i : i + lanes]
+                own, _ = train(study, trainer, some)
                 csv_rows.append(out, own, COLUMNS)
                 rows += own
                 last = {run_of(row): row for row in own}
-                trained += len(last)
+                trained += len(some)
                 left = len(missing_runs(study, rows))
                 hours = left * (time.perf_counter() - began) / trained / 3600
                 lines = "\n".join(map(line_of, last.values()))
@@ -136,6 +141,12 @@ class Trainer:
         config.seed = seed
         return train_batches(config, self.train_set, self.program.batch_part)
 
+    def begin_with(self, models: Sequence[Model]) -> PyTree:
+        """The state before the first step of runs whose workers begin with these models."""
+        algorithm, workers = self.program.algorithm, self.config.num_workers
+        states = [cj.copies(init_state(*model, algorithm), workers) for model in models]
+        return jax.tree.map(lambda *x: jnp.stack(x), *states)
+
     def evaluate(self, step: int, state: PyTree, *, each: bool) -> Row:
         batches = data.eval_batches(self.eval_set, batch_size=self.config.eval_batch_size)
         return (self._of_all if each else self._of_mean)(step, state, batches)
@@ -155,11 +166,12 @@ def over_runs(function: Callable, in_axes: Any = 0) -> Callable:
     return run
 
 
-def train(study: Study, trainer: Trainer, runs: Sequence[Run]) -> list[Row]:
-    """Train these runs together, from the first step to the last; their rows."""
-    began = time.perf_counter()
+def train(study: Study, trainer: Trainer, runs: Sequence[Run]) -> tuple[list[Row], list[Model]]:
+    """Train these runs together, from the first step to the last; their rows, and the averaged model of each."""
     seeds, rates = np.array([run.seed for run in runs]), np.array([run.learning_rate for run in runs], np.float32)
-    state = trainer.init(seeds)
+    first, models = ([], None) if study.before is None else train_before(study.before, runs)
+    began = time.perf_counter()
+    state = trainer.init(seeds) if models is None else trainer.begin_with(models)
     batches = zip(*(trainer.batches(run.seed) for run in runs), strict=True)
     marks = {round(trainer.num_steps * (i + 1) / study.curve) for i in range(study.curve)} | {trainer.num_steps}
     rows: list[Row] = []
@@ -179,7 +191,25 @@ def train(study: Study, trainer: Trainer, runs: Sequence[Run]) -> list[Row]:
                 row |= run_row(trainer, run, step, own, float(means[i]))
                 rows.append({**run._asdict(), **row, "code": processes.code_version()})
     seconds = round((time.perf_counter() - began) / len(runs), 1)
-    return sorted(({**row, "seconds": seconds} for row in rows), key=lambda row: runs.index(run_of(row)))
+    rows = sorted(({**row, "seconds": seconds} for row in rows), key=lambda row: runs.index(run_of(row)))
+    return first + rows, [averaged(trainer, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(len(runs))]
+
+
+def train_before(study: Study, runs: Sequence[Run]) -> tuple[list[Row], list[Model]]:
+    """The same of the runs of the study before from which `runs` go on; their rows are of stage "before"."""
+    rows: list[Row] = []
+    models = {}
+    for group in groups_of(study, [Run(run.arm, FINAL, final_rate(study, [], run.arm), run.seed) for run in runs]):
+        own, found = train(study, Trainer(study, group[0]), group)
+        rows += [{**row, "stage": BEFORE} for row in own]
+        models |= dict(zip(((run.arm, run.seed) for run in group), found, strict=True))
+    return rows, [models[run.arm, run.seed] for run in runs]
+
+
+def averaged(trainer: Trainer, state: TrainState) -> Model:
+    """The average of the workers' models."""
+    algorithm = trainer.program.algorithm
+    return cj.mean_over_workers((algorithm.model(state.params, state.algorithm), state.model_state))
 
 
 def run_row(trainer: Trainer, run: Run, step: int, state: PyTree, loss: float) -> Row:

@@ -5,6 +5,7 @@ python -m experiments.train --config=experiments/configs/fashion_mnist.py --work
 
 import contextlib
 import itertools
+import json
 import math
 import pathlib
 import sys
@@ -26,6 +27,7 @@ import crossover_jax as cj
 from experiments import checkpoint, data, flags, processes, report
 from experiments.checkpoint import Checkpoints, NotSaved
 from experiments.evaluate import make_evaluate
+from experiments.profiling import Profile
 from experiments.program import (
     Program,
     make_program,
@@ -38,7 +40,7 @@ from experiments.program import (
 from experiments.resume import SAME, Resume, Start, first_or_restored
 from experiments.settings import as_json, check_settings, device_counts, fingerprint, run_identity, versions
 from experiments.step import Diverged, TrainState, fetch
-from experiments.workdir import locked, open_workdir, require_no_rows
+from experiments.workdir import CONFIG, locked, open_workdir, require_no_rows, rewrite
 
 PyTree = Any
 
@@ -67,6 +69,7 @@ def train(
     *,
     devices: Sequence[jax.Device] | None = None,
     resume: Resume = SAME,
+    profile: bool = False,
 ) -> tuple[TrainState, list[report.Row]]:
     """Run the experiment on `devices` (default: all); the workers' last state and the rows of metrics.
 
@@ -95,7 +98,7 @@ def train(
         processes.say(f"{many}set up in {setup:.0f} s; training {job.num_steps - start.step} steps{behind}")
         while True:
             try:
-                state, log = run(job, start)
+                state, log = run(job, start, profile)
                 break
             except Diverged as error:
                 attempt = max(attempt, start.rollbacks) + 1
@@ -158,7 +161,7 @@ def set_up(
     return job, partial(first_or_restored, workdir, config, program, train_set, workers, provenance, resume)
 
 
-def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
+def run(job: Job, start: Start, profile: bool) -> tuple[TrainState, report.Log]:
     """All steps from `start` on. Raises `Diverged` and, after SIGTERM, `Preempted`."""
     config, program, workdir = job.config, job.program, job.workdir
     log = report.Log(
@@ -173,8 +176,16 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
         first_step=start.step,
         state=start.log,
     )
+    if processes.is_first():
+        with report.saying(CONFIG):
+            rewrite(workdir / CONFIG, json.dumps(as_json(config), indent=1))
     every, state, best = config.checkpoint.every, start.state, start.best
-    with contextlib.closing(log), jax.transfer_guard("disallow"), processes.Preemption() as preemption:
+    with (
+        contextlib.closing(log),
+        contextlib.closing(Profile(workdir, start.step, is_wanted=profile)) as recording,
+        jax.transfer_guard("disallow"),
+        processes.Preemption() as preemption,
+    ):
         saves = Checkpoints(workdir, config.checkpoint.keep, best and best[0]) if every else None
 
         def save(step: int) -> None:
@@ -198,7 +209,9 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
             period = config.period
             ends_of_periods = range(start.step + period, job.num_steps + 1, period)
             for step, batch in zip(ends_of_periods, job.batches(start.step, start.rollbacks), strict=False):
-                state, metrics = job.step(state, batch, program.place_step(step - period))
+                with recording.named(step):
+                    state, metrics = job.step(state, batch, program.place_step(step - period))
+                recording.end(step, metrics)
                 # One period late: the device has the next to work on, and batches of no more than two wait on it.
                 jax.block_until_ready(unread[-1:])
                 unread.append(metrics)
@@ -212,8 +225,8 @@ def run(job: Job, start: Start) -> tuple[TrainState, report.Log]:
                     unread = []
                 if has_row:
                     row = log.row(step, partial(job.evaluate, step, state) if evaluates else None)
-                    if evaluates and (best is None or row["eval/mean/accuracy"] > best[1]):
-                        best, is_saved = (step, row["eval/mean/accuracy"]), True
+                    if evaluates and (best is None or goodness(row) > best[1]):
+                        best, is_saved = (step, goodness(row)), True
                 if is_saved:
                     save(step)
                 if ends and step < job.num_steps:
@@ -231,6 +244,11 @@ def left(saves: Checkpoints | None, step: int) -> str:
     if saves.wait():
         return "the same command goes on from there."
     return f"the same command goes on from step {saves.last}, that of step {step} could not be saved."
+
+
+def goodness(row: report.Row) -> float:
+    """How good the averaged model is, the more the better: its accuracy, of text minus its bits per byte."""
+    return -row["bits_per_byte"] if "bits_per_byte" in row else row["eval/mean/accuracy"]
 
 
 def is_due(step: int, every: float, period: int = 1) -> bool:
@@ -288,6 +306,7 @@ def main(argv: list[str]) -> None:
             flags.CONFIG.value,
             flags.WORKDIR.value,
             resume=Resume(flags.RESUME_WORKERS.value, flags.ALLOW_CONFIG_CHANGE.value),
+            profile=flags.PROFILE.value,
         )
     except Preempted as error:
         processes.say(str(error))

@@ -13,6 +13,7 @@ from experiments.paths import local_path
 
 Row = dict[str, Any]
 METRICS = "metrics.jsonl"
+CONFIG = "config.json"
 STATUS = "status.json"
 
 

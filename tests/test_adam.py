@@ -9,6 +9,8 @@ import optax
 import pytest
 
 import crossover_jax as cj
+from crossover_jax.traced import wire_bytes
+from tests.oracles import mixed_by_matrices
 
 WORKERS = 8
 
@@ -140,3 +142,50 @@ def test_private_data_is_no_noise_that_averages_out():
 def test_no_workers_are_refused():
     with pytest.raises(ValueError, match=r"`num_workers` must be at least 1, got 0\."):
         cj.gossip_adamw(1e-3, 0)
+
+
+def test_an_all_reduce_of_all_workers_refuses_it():
+    """Its optimizer sees the average gradient, of which v' is too small; inside a group that gossips it is right."""
+    params = {"w": jnp.ones(4)}
+    behind = optax.chain(optax.clip(1.0), optax.masked(cj.gossip_adamw(1e-3, WORKERS), {"w": True}))
+    with pytest.raises(ValueError, match=r"`optimizer` must take the average gradient, .*: use `optax\.adamw`\."):
+        cj.allreduce_sgd(behind).init(params)
+    for allowed in (
+        cj.allreduce_sgd(behind, "fast"),
+        cj.allreduce_sgd(cj.gossip_adamw(1e-3, 1)),
+        cj.mix_after(behind, cj.average()),
+    ):
+        allowed.init(params)
+
+
+def test_the_gradient_before_is_no_momentum_that_travels():
+    """x, m and v are mixed by the matrices, the gradient before and its product stay a worker's own; five steps."""
+    n, rate, b1, b2 = WORKERS, 0.1, 0.8, 0.95
+    pool, cut, table = cj.topology.latin(n, 4, seed=1), cj.by_size(4, align=1), cj.topology.shuffle(4, 4, seed=3)
+    mix = cj.gossip(pool, cut, table)
+    algorithm = cj.mix_with_momentum(cj.gossip_adamw(rate, n, b1, b2, eps=0.0, weight_decay=0.0), mix)
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(5, n, 3, 4)) + 0.5
+    with jax.enable_x64(True):
+        x = {"w": jnp.zeros((n, 3, 4))}
+        state = jax.vmap(algorithm.init)(x)
+        step = cj.per_worker(lambda s, g, t: algorithm.update(g, s[1], s[0], t), n, replicated=(2,))
+        for t, g in enumerate(gradients):
+            x, state = step((x, state), {"w": jnp.asarray(g)}, jnp.int32(t))
+    found = jax.device_get(x["w"])
+    x = m = v = np.zeros((n, 3, 4))
+    signal = np.zeros(n)
+    for t, g in enumerate(gradients):
+        if t:
+            signal = b2 * signal + (1 - b2) * np.sum(g * gradients[t - 1], (1, 2))
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        m_hat, v_hat = m / (1 - b1 ** (t + 1)), v / (1 - b2 ** (t + 1))
+        r = np.clip(signal / (1 - b2**t) / v_hat.sum((1, 2)), 0, 1) if t else np.ones(n)
+        x = x - rate * m_hat / np.sqrt(v_hat * (1 / n + (1 - 1 / n) * r[:, None, None]))
+        x, m, v = (mixed_by_matrices({"w": y}, t, pool, cut, table)["w"] for y in (x, m, v))
+    np.testing.assert_allclose(found, x, rtol=1e-6)
+
+    params = {"w": jnp.zeros((30, 40))}
+    update = lambda s, x: algorithm.update(x, s, x, 0)
+    sent = wire_bytes(update, jax.eval_shape(algorithm.init, params), params, num_workers=n)
+    assert sent == 3 * wire_bytes(lambda x: mix(x, 0), params, num_workers=n)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
 from crossover_jax.push_sum import PushSumState
+from examples.own_algorithm import elastic
 from experiments.compiled import collectives
 from experiments.step import init_state, make_train_step
 from tests.oracles import mixed_by_matrices
@@ -112,6 +113,7 @@ ALGORITHMS = {
     "outer": Contract(lambda o, n, p: outer(o, n), permutes=7, conditionals=1),
     "outer_overlap": Contract(lambda o, n, p: outer(o, n, overlap=True), permutes=7, conditionals=1),
     "diloco": Contract(lambda o, n, p: cj.outer(o, None, cj.average(), every=2), conditionals=1, all_reduces=1),
+    "elastic": Contract(lambda o, n, p: elastic(o, cj.crossover(n)), permutes=7),  # as a user writes one
     "two_rounds": Contract(lambda o, n, p: cj.mix_after(o, cj.repeat(2, cj.crossover(n))), permutes=14),
     "phases": Contract(lambda o, n, p: cj.crossover_sgd_phases(o, n), permutes=3),
     "two_pools": Contract(

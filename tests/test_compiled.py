@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
-from experiments.compiled import collectives, schedule, traffic
+from experiments.compiled import collectives, in_flight, schedule, traffic
 
 pytestmark = pytest.mark.full_compilation
 SLICES, LAYERS, WIDTH = 4, 3, 1024
@@ -144,13 +144,20 @@ def test_an_exchange_stays_under_way_across_the_loop_over_a_period_s_steps(slice
     assert ("send" in order) == (slices > 1)
     assert max(starts) < loop < matmuls[-1] < min(dones)
     assert "conditional" not in collectives(text)
+    if wire is None:  # a model leaves; one arrives, by each link that a channel has: inside the slice, between slices
+        slice_of = np.arange(n) // (n // slices)
+        here = slice_of[POOLS["latin4"](n).receive_from[:, 0]] == slice_of
+        links = here.any(1).sum() + (~here).any(1).sum()
+        assert in_flight(text) == 4 * LAYERS * WIDTH**2 * (1 + links / 4)
 
 
 def test_without_overlap_the_exchange_of_a_period_follows_its_loop():
     n = len(chips(SLICES))
     outer = cj.outer(optax.sgd(0.1), None, cj.crossover(n, pool=POOLS["latin4"](n)), every=4)
-    order = schedule(compiled(outer, SLICES, length=4))
+    text = compiled(outer, SLICES, length=4)
+    order = schedule(text)
     assert order.index("while") < order.index("send")
+    assert in_flight(text) == 0
 
 
 @pytest.mark.parametrize("hierarchical", [False, True])

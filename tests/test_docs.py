@@ -10,7 +10,11 @@ import pytest
 from experiments.configs import default
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "experiments").glob("*.md")),
+]
 IN_FORCE = [page for page in PAGES if page.name != "LOG.md"]  # the log's commands are those of their day
 PROGRAMS = [page for page in IN_FORCE if "```python" in page.read_text()]
 
@@ -78,6 +82,15 @@ def test_the_errors_of_the_start_page_are_the_librarys():
     assert [sentence for sentence in sentences if sentence not in source] == []
 
 
+def test_the_page_that_chooses_has_its_figures_from_the_results():
+    figures = re.findall(
+        r"[+\u2212][\d.]+ ± [\d.]+|\d\.\d{3} (?=bits|by three|with)", (ROOT / "docs/choose.md").read_text()
+    )
+    measured = (ROOT / "docs/results.md").read_text() + (ROOT / "docs/language_models.md").read_text()
+    assert len(figures) > 8
+    assert [figure for figure in figures if figure.strip() not in measured] == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
@@ -88,7 +101,7 @@ def test_commands_files_and_config_keys_exist(page):
     keys = ml_collections.FrozenConfigDict(default.get_config())
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
-    for path in re.findall(r"(?<![\w./])(?:experiments|benchmarks|docs|tests)/[\w./]*\w", text):
+    for path in re.findall(r"(?<![\w./])(?:examples|experiments|benchmarks|docs|tests)/[\w./]*\w", text):
         assert (ROOT / path).exists(), path
     for key in re.findall(r"--config\.([\w.]*\w)", text):
         value = keys

@@ -1,5 +1,8 @@
 """What a step takes on given links, against counts by hand."""
 
+import pathlib
+import re
+
 import pytest
 
 from crossover_jax import plan
@@ -130,3 +133,33 @@ def test_the_command_prints_the_table_and_refuses_in_one_line(capsys):
         main(given[:-2])
     assert ended.value.code == 2
     assert "the following arguments are required: --dcn-gbps" in capsys.readouterr().err
+
+
+WAYS = {  # of the table of docs/choose.md: what `plan` calls them
+    "allreduce_sgd(opt)": ("allreduce, beside the backward pass", "float32"),
+    "mix_during(opt, crossover(n))": ("crossover, during", "float32"),
+    'mix_during(opt, crossover(n, wire="bfloat16"))': ("crossover, during", "bfloat16"),
+    'mix_during(opt, crossover(n, wire="int8"))': ("crossover, during", "int8"),
+}
+
+
+def test_the_thresholds_of_the_page_that_chooses_are_where_exchanges_begin_to_hide():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "choose.md").read_text()
+    rows = re.findall(r"^\| ([\d.]+) or more \| `(.*?)` \|", page, re.MULTILINE)
+    assert [name for _, name in rows] == [*WAYS]
+    for least, name in rows:
+        link = plan.Link(rate=float(least) * 4e6, latency=0.0)  # so many models of a million parameters in a second
+        for workers in (4, 64, 1024):
+            assert step_of(*WAYS[name], workers=workers, compute=1.0, link=link).step == pytest.approx(1.0)
+        slower = link._replace(rate=0.97 * link.rate)  # and not much below
+        assert step_of(*WAYS[name], workers=1024, compute=1.0, link=slower).step > 1.0
+    (H,) = (int(h) for h in re.findall(r"with 0.01 models per step H = (\d+)", page))
+    link = plan.Link(rate=0.01 * 4e6, latency=0.0)
+    overlapped = {
+        every: way.step
+        for every in (H - 1, H)
+        for way in plan.outer_ways(1e6, 8, 1.0, link, every=[every])
+        if (way.name, way.wire) == (f"gossip outer, every {every}, overlapped", "int8")
+    }
+    assert overlapped[H] == pytest.approx(1.0)
+    assert overlapped[H - 1] > 1.0

@@ -68,7 +68,7 @@ class Island:
         self._roster, self._advertise = roster, advertise
         self._payload = Payload(like, cut, wire)
         transport = transport or Tcp(bind, tls=tls, timeout=timeout)
-        incarnation = time.time_ns() // 1000
+        incarnation = self._first_incarnation()
         self._node = Node(name, incarnation, self._payload.layout, transport, seed=seed, patience=patience)
         self._number, self._is_publishing = 0, False
         self._has_joined, self._has_left = False, False
@@ -77,8 +77,11 @@ class Island:
         self._failure: BaseException | None = None
         self._called_at: float | None = None
         self._address = ""
-        self._tasks: set[asyncio.Task] = set()
+        self._tasks: dict[asyncio.Task, None] = {}
         self._loop = self._start()
+
+    def _first_incarnation(self) -> int:
+        return time.time_ns() // 1000
 
     def _start(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.new_event_loop()
@@ -150,7 +153,8 @@ class Island:
         if self._squares is not None and self._squares.is_ready():
             squares, self._squares = np.asarray(self._squares), None
             self._differences = np.where(squares > 0, squares, self._differences)
-            self._node.distance = float(np.sqrt(np.nanmean(self._differences) * len(squares) / 2))
+            known = self._differences[np.isfinite(self._differences)]
+            self._node.distance = float(np.sqrt(known.mean() * len(squares) / 2)) if known.size else math.nan
 
     def leave(self) -> None:
         """End this life: others are told no more, and nothing is exchanged any longer."""
@@ -192,7 +196,7 @@ class Island:
         """No fault is silent: what fails in the background is raised by the next `exchange`."""
         task = asyncio.current_task()
         assert task is not None
-        self._tasks.add(task)
+        self._tasks[task] = None
         try:
             await coroutine
         except Superseded as error:
@@ -200,7 +204,7 @@ class Island:
         except Exception as error:
             self._failure = error
         finally:
-            self._tasks.discard(task)
+            del self._tasks[task]
 
     async def _blocking(self, function: Callable, *args: Any) -> Any:
         return await asyncio.to_thread(function, *args)

@@ -6,7 +6,7 @@ import pathlib
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from crossover_jax.islands.transport import split_address
@@ -106,14 +106,14 @@ class directory:
     delivered anything, it begins again; later nobody does, and who finds neither peer nor checkpoint is refused.
     """
 
-    def __init__(self, path: Any, *, patience: float = 30.0):
+    def __init__(self, path: Any, *, patience: float = 30.0, now: Callable[[], float] = time.monotonic):
         self.path = pathlib.Path(path) if isinstance(path, str) else path
-        self.patience = patience
+        self.patience, self._now = patience, now
         self._beat = 0
         self._seen: dict[str, tuple[Any, float]] = {}  # what a file said last, and since when
 
     def members(self) -> dict[str, str]:
-        now, found = time.monotonic(), {}
+        now, found = self._now(), {}
         for path in sorted(self.path.glob("*.island")):
             said = _read(path)
             name = path.name.removesuffix(".island")

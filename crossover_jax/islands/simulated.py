@@ -192,6 +192,9 @@ class SimulatedIsland(Island):
         self.network = network
         super().__init__(roster, name, tls=None, transport=network.transport(name), **keys)
 
+    def _first_incarnation(self) -> int:
+        return 1  # not from the wall clock, so that a run is a function of its seed
+
     def _start(self) -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 

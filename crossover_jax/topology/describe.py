@@ -1,4 +1,4 @@
-"""What a pool promises, in numbers and in words."""
+"""What a pool promises, in numbers, in words and as a picture."""
 
 import itertools
 import math
@@ -78,3 +78,30 @@ def as_text(name: str, report: dict[str, Any]) -> str:
     if name == "latin" and report["rounds"] < (advised := advised_pool_size(report["workers"])):
         text.append(f"  Take --pool-size {advised} or more: fewer shifts leave directions that hardly contract.")
     return "\n".join(text)
+
+
+def draw(name: str, pool: Pool, hosts: int, slices: int) -> Any:
+    """A matplotlib figure: who hears whom, what is left of disagreement, what leaves workers, hosts and slices."""
+    try:
+        from matplotlib import collections, figure
+    except ModuleNotFoundError:
+        raise ValueError("`--plot` needs matplotlib, which is missing: `pip install matplotlib`.") from None
+    picture = figure.Figure(figsize=(13, 4.2), layout="constrained")
+    who, left, load = picture.subplots(1, 3)
+    n, rounds = pool.num_workers, np.arange(pool.num_rounds)
+    p, k, i = np.nonzero((pool.share[:, 1:] > 0) & (pool.receive_from != np.arange(n)))
+    j = pool.receive_from[p, k, i]
+    news = np.stack(list(itertools.accumulate(rounds, lambda x, p: pool.apply(p, x), initial=np.eye(n)[0])))
+    colors, ends = np.where(news[p, j] > 0, "tab:blue", "lightgray"), np.stack([p, j, p + 1, i], 1).reshape(-1, 2, 2)
+    who.add_collection(collections.LineCollection(ends.tolist(), colors=colors, linewidths=0.8))
+    who.set(title=f"{name}: who hears whom; blue: news of worker 0", xlim=(0, len(rounds)), ylim=(n - 0.5, -0.5))
+    t = np.arange(2 * max(len(rounds), 8) + 1)
+    in_turn, at_random = spectral.decay(pool, t[:-1] % len(rounds)), spectral.contraction(pool).worst ** (t / 2)
+    left.semilogy(t, np.maximum([1.0, *in_turn], 1e-4), t, np.maximum(at_random, 1e-4))
+    left.set(title="disagreement left; blue: in turn, orange: at random", ylim=(1e-4, 1.5))
+    for sender, sent in spectral.messages(pool, hosts, slices)._asdict().items():
+        (line,) = load.plot(sent.mean(1), "o-", label=f"out of each {sender}")
+        load.fill_between(rounds, sent.min(1), sent.max(1), alpha=0.3, color=line.get_color())
+    load.set(title="messages by round; the band: least to most", ylim=(0, None))
+    load.legend()
+    return picture

@@ -74,7 +74,7 @@ def add_schedule(config: ml_collections.ConfigDict) -> None:
 
 def add_optimizers(config: ml_collections.ConfigDict) -> None:
     """Weight decay is of matrices and filters only."""
-    config.optimizer = "sgd"  # or "lars", "adamw", "gossip_adamw"
+    config.optimizer = "sgd"  # or "lars", "adamw", "gossip_adamw", "muon"
     config.clip_norm = placeholder(float)  # the longest gradient, a worker's own or "allreduce"'s average; None: any
 
     config.sgd = ml_collections.ConfigDict()
@@ -99,6 +99,11 @@ def add_optimizers(config: ml_collections.ConfigDict) -> None:
     config.gossip_adamw.b1 = 0.9
     config.gossip_adamw.b2 = 0.99
     config.gossip_adamw.weight_decay = 5e-4
+
+    config.muon = ml_collections.ConfigDict()  # of the layers of a decoder; all else by AdamW with Nesterov's momentum
+    config.muon.beta = 0.95
+    config.muon.b2 = 0.95  # AdamW's
+    config.muon.weight_decay = 5e-4
 
 
 def add_algorithms(config: ml_collections.ConfigDict) -> None:
@@ -146,3 +151,19 @@ def add_algorithms(config: ml_collections.ConfigDict) -> None:
     config.outer.wire = placeholder(str)
     config.outer.rounds = 1
     config.outer.seed = 0
+
+    # Of others, to be compared with (`experiments/others.py`).
+    config.noloco = ml_collections.ConfigDict()
+    config.noloco.every = 16  # inner steps
+    config.noloco.learning_rate = 0.7
+    config.noloco.momentum = 0.5
+    config.noloco.pool_size = 16  # drawings of pairs
+    config.noloco.seed = 0
+
+    config.des_loc = ml_collections.ConfigDict()
+    config.des_loc.every = 1  # steps between two exchanges of the parameters
+    config.des_loc.first_every = 3  # exchanges between two of Adam's first moment
+    config.des_loc.second_every = 6  # and of its second
+    config.des_loc.rounds = 1
+    config.des_loc.wire = placeholder(str)
+    config.des_loc.seed = 0

@@ -20,23 +20,22 @@ import pathlib
 import ml_collections
 
 from experiments import csv_rows
-from experiments.studies.study import FINAL, Run, best_rate, run_config, select_arms
+from experiments.studies.study import FINAL, RESULTS, Run, final_rate, run_config, select_arms
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1]
 
 
 def get_config(which: str = "gap/three rounds in int8") -> ml_collections.ConfigDict:
-    """Raises `ValueError` for a study or an arm that there is not, and for one that has not been tuned."""
+    """Raises `ValueError` for a study or an arm that there is not, that has not been tuned, or that goes on."""
     name, _, arm = which.partition("/")
     names = sorted(path.stem for path in (EXPERIMENTS / "studies").glob("[a-z]*.py") if path.stem != "study")
     if name not in names:
         raise ValueError(f"`study/arm` must begin with one of {', '.join(names)}, got {which!r}.")
     study = importlib.import_module(f"experiments.studies.{name}").get_study()
-    lender = select_arms(study.arms, [arm])[arm].rate_of or arm
-    rows = [row for row in csv_rows.read(EXPERIMENTS / "results" / f"{name}.csv") if row["arm"] == lender]
-    if not rows:
-        raise ValueError(f"{lender!r} must be tuned before one run of {which!r}: it has no row in {name}.csv.")
-    rate = best_rate(rows, lender)
+    if study.before is not None:
+        raise ValueError(f"`study/arm` must be of a study whose runs begin anew, got {which!r}: only sweep goes on.")
+    select_arms(study.arms, [arm])
+    rate = final_rate(study, csv_rows.read(RESULTS / f"{name}.csv"), arm)
     config = run_config(study, Run(arm, FINAL, rate, seed=0))
     config.schedule.learning_rate = rate
     return config

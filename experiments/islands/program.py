@@ -15,7 +15,7 @@ from experiments.algorithms import CUTS, ROWS
 from experiments.evaluate import make_evaluate
 from experiments.optimizers import make_schedule
 from experiments.program import Program, make_program, steps_of, train_batches
-from experiments.settings import check_settings
+from experiments.settings import as_json, check_settings
 from experiments.step import TrainState
 
 PyTree = Any
@@ -34,6 +34,7 @@ class IslandProgram(NamedTuple):
     examples: int  # of a step of one island
     total: int  # examples of all islands together, at which the run ends
     exchange: dict[str, Any]  # `cut`, `wire` and `every`
+    record: dict[str, Any]  # for checkpoints: the config of one island alone, and the digest of the data
 
 
 def make_island_program(config: ml_collections.ConfigDict, workers: Mesh | int = 1) -> IslandProgram:
@@ -55,7 +56,7 @@ def make_island_program(config: ml_collections.ConfigDict, workers: Mesh | int =
 
     alone = config.copy_and_resolve_references()
     with alone.unlocked():
-        alone.algorithm = "allreduce"  # over the one worker that there is
+        alone.algorithm = "alone"
         alone.batch_size = config.batch_size // config.num_workers
         # The rate comes from outside, for it follows the run's clock and not this island's own steps.
         alone.schedule.warmup, alone.schedule.decay, alone.schedule.polynomial.end = 0.0, "polynomial", 1.0
@@ -95,4 +96,5 @@ def make_island_program(config: ml_collections.ConfigDict, workers: Mesh | int =
         alone.batch_size,
         num_steps * config.batch_size,
         {"cut": CUTS[own.cut](own.segments or ROWS), "wire": own.wire, "every": own.local_steps},
+        as_json(alone) | {"data": ", ".join(dataset.digest for dataset in (train_set, eval_set))},
     )

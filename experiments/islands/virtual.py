@@ -84,12 +84,10 @@ class _Run:
     async def life(self, i: int) -> None:
         made = self.made
         state = made.init()
-        roster = islands.directory(self.folder)
-        # Incarnations come from the wall clock; here they count, so that a run is a function of its seed.
+        roster = islands.directory(self.folder, now=asyncio.get_running_loop().time)
         island = SimulatedIsland(
             self.network, roster, f"i{i}", like=state.params, seed=self.seed, patience=60.0, **made.exchange
         )
-        island._node.incarnation = 1
         self.islands[i] = island
         rng = np.random.default_rng([self.seed, i])
         state = await island.joined(state)

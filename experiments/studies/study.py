@@ -5,6 +5,8 @@ seeds, trained on a part of the training set and judged by the averaged model on
 its bits per byte. Where the best of an arm is at an end of the grid, all arms of its problem get another learning rate
 beyond it. Then each arm is trained with its best on the whole training set, over the study's seeds, and the test set is
 read once, at the end. Of text training is always on "train"; arms are tuned on "validation" and read on "test".
+
+Nothing is tuned where the arms take the learning rates that another study found, or where there is a single one.
 """
 
 import importlib.util
@@ -16,10 +18,13 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from experiments import csv_rows
 from experiments.settings import flat_settings
 
 Row = dict[str, Any]
 TUNING, FINAL = "tuning", "final"
+BEFORE = "before"  # of the study before: the run that a final one goes on from
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 HELD_OUT = 10_000  # examples at the end of the training set, on which arms are tuned
 FIRST_TUNING_SEED = 1000  # no final run has one of these
 WIDER = 3  # learning rates beyond each end of the grid before an arm is given up
@@ -39,10 +44,12 @@ class Study(NamedTuple):
 
     config: ml_collections.ConfigDict  # what all arms have in common
     arms: Mapping[str, Arm]
-    learning_rates: Sequence[float]  # ascending, at least two
+    learning_rates: Sequence[float]  # ascending; a single one is taken by all arms
     tuning_seeds: int = 3
     seeds: int = 10  # of final runs
     curve: int = 5  # rows of a run; of others than the first of each arm and rate only the last is kept
+    rates_of: str | None = None  # the study in whose results arms of the same names have their learning rates
+    before: "Study | None" = None  # a study: each run goes on from the averaged model of the same arm and seed there
 
 
 class Run(NamedTuple):
@@ -79,16 +86,14 @@ def missing_runs(study: Study, rows: Sequence[Row]) -> list[Run]:
     tuning = [
         Run(name, TUNING, rate, FIRST_TUNING_SEED + i)
         for name, arm in study.arms.items()
-        if arm.rate_of is None
+        if arm.rate_of is None and study.rates_of is None and len(study.learning_rates) > 1
         for rate in grids[arm.problem]
         for i in range(study.tuning_seeds)
     ]
     if left := [run for run in tuning if run not in done]:
         return left
     final = (
-        Run(name, FINAL, best_rate(rows, arm.rate_of or name), seed)
-        for name, arm in study.arms.items()
-        for seed in range(study.seeds)
+        Run(name, FINAL, final_rate(study, rows, name), seed) for name in study.arms for seed in range(study.seeds)
     )
     return [run for run in final if run not in done]
 
@@ -123,8 +128,20 @@ def tuning_scores(rows: Sequence[Row], arm: str) -> dict[float, float]:
     return {rate: float(np.mean(list(of_seeds.values()))) for rate, of_seeds in found.items()}
 
 
-def best_rate(rows: Sequence[Row], arm: str) -> float:
-    means = tuning_scores(rows, arm)
+def final_rate(study: Study, rows: Sequence[Row], arm: str) -> float:
+    """The learning rate of an arm's final runs. Raises `ValueError` where it is not known yet."""
+    if len(study.learning_rates) == 1:
+        return study.learning_rates[0]
+    if study.rates_of is not None:
+        there = csv_rows.read(RESULTS / f"{study.rates_of}.csv")
+        found = [row["learning_rate"] for row in there if (row["arm"], row["stage"]) == (arm, FINAL)]
+        if not found:
+            raise ValueError(f"{arm!r} must have final runs in {study.rates_of}.csv, whose learning rate it takes.")
+        return found[0]
+    lender = study.arms[arm].rate_of or arm
+    means = tuning_scores(rows, lender)
+    if not means:
+        raise ValueError(f"{lender!r} must be tuned before a run of {arm!r} is trained to its end: it has no row.")
     return max(means, key=means.__getitem__)
 
 

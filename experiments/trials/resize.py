@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import checkpoint, csv_rows, train
 from experiments.configs import fashion_mnist
-from experiments.figures import interval
+from experiments.intervals import interval
 from experiments.paths import local_path
 from experiments.resume import MATRICES, SAME, Resume
 

@@ -7,6 +7,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from experiments.configs import fashion_mnist
 from experiments.data.convert import read_tfrecord
+from experiments.report import TAGS
 
 STEPS, BATCH, EXAMPLES = 3, 64, 1100
 
@@ -37,10 +38,13 @@ def read_rows(workdir):
 
 
 def scalars(workdir):
-    """{(tag, step): value} of the TensorBoard events."""
+    """{(name, step): value} of the TensorBoard events, each of which is in a group."""
     (path,) = workdir.glob("events.out.tfevents.*")
     events = [Event.FromString(record) for record in read_tfrecord(path)]
-    return {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
+    names = {tag: name for name, tag in TAGS.items()}
+    found = {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
+    assert all("/" in tag for tag, _ in found)
+    return {(names.get(tag, tag), step): value for (tag, step), value in found.items()}
 
 
 def arguments(config, tmp_path):

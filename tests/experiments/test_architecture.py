@@ -6,16 +6,19 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = {"train", "preflight", "export", "sweep", "figures", "trials"}
+COMMANDS = {"train", "preflight", "export", "sweep", "figures", "report_page", "trials"}
 BELOW = {  # what of the experiments these rooms may import, beside themselves
     "paths": set(),
     "csv_rows": set(),
+    "svg": set(),
+    "mixing_pattern": {"algorithms"},
     "processes": set(),
     "models": set(),
     "configs.default": set(),
     "data": {"paths"},
     "optimizers": {"configs"},  # in its docstring
-    "algorithms": {"models"},
+    "others": set(),
+    "algorithms": {"models", "others"},
     "checksums": set(),
     "workdir": {"paths", "processes"},
     "step": {"optimizers", "processes"},

@@ -95,6 +95,8 @@ MARKS = {"crossover": pytest.mark.full_compilation, "local_sgd": ()}
 def test_a_run_resumed_is_the_run_that_was_never_stopped(name, config, tmp_path):
     if name != "crossover":
         config = changed(config, algorithm=name, crossover__local_steps=1)
+    if name == "des_loc":
+        config = changed(config, optimizer="adamw")
     config = changed(config, simulate="no", local_sgd__local_steps=3 if name == "local_sgd" else 1)
     devices = jax.devices()[:N]
     state, rows = train.train(config, tmp_path / "whole", devices=devices)

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import pathlib
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from experiments import csv_rows, data, figures, preflight, train
 from experiments.configs import cifar10_resnet, fashion_mnist, fashion_mnist_study
 from experiments.program import make_program, place_workers, wire_bytes_per_step
 from experiments.settings import check_settings
+from experiments.studies import study as study_module
 from experiments.studies.study import FINAL, TUNING, Run, run_config
 from tests.experiments import stand_ins
 
@@ -117,19 +119,28 @@ def test_imagenet_compiles_for_as_many_accelerators_as_the_paper_had(name):
     assert found["step"]["peak_bytes_per_chip"] < found["memory_bytes_per_chip"]
 
 
+STUDIES = sorted(path.stem for path in pathlib.Path(study_module.__file__).parent.glob("[a-z]*.py"))
+STUDIES.remove("study")
+
+
+def study_of(name):
+    return importlib.import_module(f"experiments.studies.{name}").get_study()
+
+
 # The arms of "gap" are traced for the bytes they send: a minute.
 @pytest.mark.parametrize(
-    "name",
-    ["batch", "workers", "ablations", "lars", pytest.param("gap", marks=pytest.mark.slow), "large", "large_lars"],
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "gap" else ()) for name in STUDIES]
 )
 def test_a_study_can_be_run(name):
     """Every arm has a program, and borrows its learning rate from one that is tuned."""
-    study = importlib.import_module(f"experiments.studies.{name}").get_study()
-    dataset = data.describe("fashion_mnist")
+    study = study_of(name)
+    assert study.rates_of is None or study.arms.keys() <= study_of(study.rates_of).arms.keys()
+    assert study.before is None or study.arms.keys() <= study.before.arms.keys()
     for arm, (_, _, rate_of) in study.arms.items():
         assert rate_of is None or study.arms[rate_of].rate_of is None
         config = run_config(study, Run(arm, TUNING, 0.1, 0))
         check_settings(config)
+        dataset = data.describe(config.dataset.name, sequence=config.dataset.sequence)
         program = make_program(config, dataset, config.num_workers, 10)
         size = sum(x.size for x in jax.tree.leaves(program.shapes.params))
         if name == "gap" and not arm.startswith("allreduce"):  # at most one float32 model per step, and some padding
@@ -188,6 +199,8 @@ def test_a_study_or_an_arm_that_there_is_not_is_refused_with_those_that_there_ar
         fashion_mnist_study.get_config("gaps/crossover")
     with pytest.raises(ValueError, match=r"must be among allreduce, .* got 'crossing'"):
         fashion_mnist_study.get_config("gap/crossing")
+    with pytest.raises(ValueError, match=r"must be of a study whose runs begin anew, got 'lm_after/allreduce'"):
+        fashion_mnist_study.get_config("lm_after/allreduce")
 
 
 def test_rows_and_a_reference_are_as_the_config_says():

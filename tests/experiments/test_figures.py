@@ -1,12 +1,14 @@
 """Intervals against Student's table, what is compared with what, and pictures that show something."""
 
 import csv
+import itertools
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
-from experiments import csv_rows, figures, sweep
+from experiments import csv_rows, figures, frontier, sweep
 from experiments.studies.study import FINAL, TUNING
 
 SEEDS = 5
@@ -50,6 +52,64 @@ def test_every_study_has_a_picture_and_a_table(study, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("no results") == len(figures.STUDIES) - 1
     assert all(f"  {arm} " in printed for arm in STUDIES[study])
+
+
+def write_bits(path, arms):
+    """Final runs of text that end with these bits and bytes per step; and what must not count."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, sweep.COLUMNS)
+        writer.writeheader()
+        for arm, (sent, bits) in arms.items():
+            common = {"arm": arm, "learning_rate": 0.016, "accuracy": 50.0, "wire_bytes_per_step": sent}
+            writer.writerow({**common, "stage": TUNING, "seed": 1000, "bits_per_byte": 9.0})
+            for seed, own in enumerate(bits):
+                writer.writerow({**common, "stage": FINAL, "seed": seed, "bits_per_byte": ""})
+                writer.writerow({**common, "stage": FINAL, "seed": seed, "bits_per_byte": own})
+
+
+BITS = {
+    "lm_frontier": {
+        "allreduce": (1_063_104, [2.01, 2.02, 2.03]),
+        "three rounds in int8": (462_848, [2.04, 2.05, 2.06]),
+        "three rounds in int8 corrected": (462_848, [2.047, 2.049, 2.051]),  # whose name would cover the other
+        "DiLoCo 16": (66_560, [2.1, 2.11, 2.12]),
+        "gossip outer 16": (38_400, [2.12, 2.125, ""]),  # one diverged
+    },
+    "lm_others": {"NoLoCo 16": (76_800, [2.13, 2.14, 2.15]), "no arm of the study": (1, [1.0, 1.0, 1.0])},
+}
+
+
+def test_the_frontier_is_bits_per_byte_against_bytes_per_token_with_a_name_at_each_point(tmp_path, capsys):
+    for study, arms in BITS.items():
+        write_bits(tmp_path / f"{study}.csv", arms)
+    assert figures.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    with Image.open(tmp_path / "out" / "frontier.png") as image:
+        assert image.width > 1000
+        assert len(image.convert("RGB").getcolors(2**24)) > 50
+    printed = capsys.readouterr().out
+    assert "  three rounds in int8         2.0500 ± 0.0248   3 seeds   to allreduce: +0.0300 ± 0.0000" in printed
+    assert "  gossip outer 16              2.1225 ± 0.0318   2 seeds" in printed
+
+    others = frontier.bytes_per_token(
+        csv_rows.read(tmp_path / "lm_others.csv"), figures.FRONTIER["lm_others"].get_study()
+    )
+    assert others == {"NoLoCo 16": 76_800 / 512}
+    arms = {arm: own for of_study in BITS.values() for arm, own in of_study.items() if arm != "no arm of the study"}
+    bits = {arm: dict(enumerate(x for x in own if x)) for arm, (_, own) in arms.items()}
+    sent = {arm: sent / (64 / 8 * 64) for arm, (sent, _) in arms.items()}  # 8 windows of 64 bytes a worker
+    figure = frontier.draw_frontier(bits, sent)
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    points = {container.lines[0].get_xydata().tobytes() for container in axes.containers}
+    assert points == {np.array([[sent[arm], np.mean(list(own.values()))]]).tobytes() for arm, own in bits.items()}
+    bars = [container.lines[2][0].get_segments()[0] for container in axes.containers]  # from below to above
+    halves = [(high - low) / 2 for (_, low), (_, high) in bars]
+    assert halves == pytest.approx([figures.interval(list(own.values())).half for own in bits.values()])
+    figure.draw_without_rendering()
+    names = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+    assert list(names) == list(arms)
+    for (a, of_a), (b, of_b) in itertools.combinations(names.items(), 2):
+        assert not of_a.overlaps(of_b), f"{a} covers {b}"
 
 
 def test_arms_are_compared_seed_by_seed_with_the_allreduce_of_their_batch(tmp_path):

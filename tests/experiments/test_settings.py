@@ -41,7 +41,7 @@ def group_of(key):
 GROUPS = {name: choice for choice, names in settings.CHOICES.items() for name in names}  # and the key that chooses it
 KEYS = {key: value for key, value in settings.flat_settings(default.get_config()).items() if group_of(key) in GROUPS}
 OTHER_WORDS = {"crossover.pool": "balanced", "crossover.cut": "rows", "crossover.wire": "int8"}
-OTHER_WORDS |= {"outer.mix": "average", "outer.wire": "int8"}
+OTHER_WORDS |= {"outer.mix": "average", "outer.wire": "int8", "des_loc.wire": "int8"}
 
 
 def another(key):
@@ -73,6 +73,13 @@ def test_a_key_may_change_where_its_group_is_chosen_and_nowhere_else(key, config
 def test_a_key_that_nothing_reads_is_an_error(key, value, config):
     with pytest.raises(ValueError, match=rf"^`config\.{key}` must stay .* here, got {value}: only .* would read it\.$"):
         check_settings(changed(config, **{key: value}))
+
+
+def test_an_optimizer_for_one_worker_s_gradients_is_refused_where_it_would_see_their_average(config):
+    message = r"^`config\.optimizer` must be another, such as 'adamw', with --config\.algorithm=allreduce, .*got 'goss"
+    with pytest.raises(ValueError, match=message):
+        check_settings(changed(config, algorithm="allreduce", optimizer="gossip_adamw"))
+    check_settings(changed(config, algorithm="local_sgd", optimizer="gossip_adamw"))
 
 
 # ---- the command line ----

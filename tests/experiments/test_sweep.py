@@ -8,12 +8,14 @@ from experiments import csv_rows, sweep, train
 from experiments.configs import fashion_mnist
 from experiments.studies import study as study_module
 from experiments.studies.study import (
+    BEFORE,
     FINAL,
     FIRST_TUNING_SEED,
     TUNING,
     Arm,
     Run,
     Study,
+    final_rate,
     groups_of,
     missing_runs,
     run_config,
@@ -99,7 +101,58 @@ def test_text_is_judged_by_its_bits_per_byte():
         for rate, seed, bits in found
     ]
     assert tuning_scores(rows, "a") == pytest.approx({0.1: -2.6, 0.2: -float("inf"), 0.4: -2.65})
-    assert study_module.best_rate(rows, "a") == 0.1
+    study = Study(small_config(), {"a": Arm("p", {})}, learning_rates=(0.1, 0.2, 0.4))
+    assert final_rate(study, rows, "a") == 0.1
+
+
+def test_a_single_learning_rate_is_taken_by_all_arms_and_nothing_is_tuned(study):
+    runs = missing_runs(study._replace(learning_rates=(0.3,)), [])
+    assert runs == [Run(arm, FINAL, 0.3, seed) for arm in "abcd" for seed in range(3)]
+
+
+def test_a_study_may_take_the_learning_rates_of_the_final_runs_of_another_one(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "RESULTS", tmp_path)
+    borrows = study._replace(rates_of="other")
+    rates = {"a": 0.2, "b": 1.6, "c": 0.05}
+    runs = [Run(arm, TUNING, 0.4, 1000) for arm in "abcd"] + [
+        Run(*arm, 0) for arm in zip(rates, [FINAL] * 3, rates.values(), strict=True)
+    ]
+    csv_rows.append(tmp_path / "other.csv", [run._asdict() for run in runs], study_module.KEY)
+    with pytest.raises(ValueError, match=r"^'d' must have final runs in other\.csv, whose learning rate it takes\.$"):
+        missing_runs(borrows, [])
+    del borrows.arms["d"]
+    assert missing_runs(borrows, []) == [Run(arm, FINAL, rates[arm], seed) for arm in "abc" for seed in range(3)]
+
+
+def test_an_arm_that_was_not_tuned_has_no_learning_rate(study):
+    with pytest.raises(
+        ValueError, match=r"^'b' must be tuned before a run of 'd' is trained to its end: it has no row\.$"
+    ):
+        final_rate(study, tuned({"a": 0.2})([Run("a", TUNING, 0.2, 1000)]), "d")
+
+
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_run_may_go_on_from_the_averaged_model_of_the_same_arm_and_seed_before(lanes, data_dir):
+    """At a learning rate of zero it ends where the run before ended; that one is what it is without a study behind."""
+    config = small_config()
+    config.dataset.data_dir = str(data_dir)
+    arms = {"a": Arm("p", {"algorithm": "crossover"}), "b": Arm("p", {"algorithm": "local_sgd"})}
+    before = Study(config, arms, learning_rates=(0.1,), curve=1)
+    alone = Arm("p", {"algorithm": "alone", "num_workers": 1})
+    study = Study(config, dict.fromkeys(arms, alone), learning_rates=(0.0,), curve=1, before=before)
+    runs = [Run("a", FINAL, 0.0, 7), Run("b", FINAL, 0.0, 0)]
+    trainer = sweep.Trainer(study, runs[0])
+    rows = [row for i in range(0, 2, lanes) for row in sweep.train(study, trainer, runs[i : i + lanes])[0]]
+    ended = {(row["arm"], row["seed"]): row for row in rows if row["stage"] == BEFORE}
+    after = {(row["arm"], row["seed"]): row for row in rows if row["stage"] == FINAL}
+    assert set(ended) == set(after) == {("a", 7), ("b", 0)}
+    assert ended["a", 7]["loss"] != ended["b", 0]["loss"]
+    for key, row in after.items():
+        assert row["loss"] == pytest.approx(ended[key]["loss"], abs=2e-5)
+        assert (ended[key]["learning_rate"], row["learning_rate"]) == (0.1, 0.0)
+    first = Run("a", FINAL, 0.1, 7)
+    (alone,), _ = sweep.train(before, sweep.Trainer(before, first), [first])
+    assert alone["loss"] == pytest.approx(ended["a", 7]["loss"], abs=2e-5)
 
 
 def test_runs_of_one_program_are_one_group(study):
@@ -114,7 +167,7 @@ def test_a_run_is_that_of_train_py(lanes, data_dir, tmp_path):
     study.config.dataset.data_dir = str(data_dir)
     runs = [Run("a", FINAL, 0.1, 0), Run("a", FINAL, 0.2, 7)]
     trainer = sweep.Trainer(study, runs[0])
-    rows = [row for i in range(0, 2, lanes) for row in sweep.train(study, trainer, runs[i : i + lanes])]
+    rows = [row for i in range(0, 2, lanes) for row in sweep.train(study, trainer, runs[i : i + lanes])[0]]
     for run, row in zip(runs, rows, strict=True):
         config = run_config(study, run)
         config.seed, config.schedule.learning_rate = run.seed, run.learning_rate

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import crossover_jax as cj
-from experiments import data, models, report, train
+from experiments import checkpoint, data, models, report, train
 from experiments.algorithms import make_algorithm
 from experiments.configs import lm, lm_1m
 from experiments.data import corpora, prepare, sources
@@ -187,6 +187,22 @@ def test_bits_per_byte_are_the_averaged_model_s_log2_of_what_it_gave_the_bytes(r
     assert [row["step"] for row in rows if "bits_per_byte" in row] == [2, 4]
     assert read_rows(folder) == rows
     assert scalars(folder)["bits_per_byte", STEPS] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_best_model_of_text_is_that_of_fewest_bits_per_byte_whatever_its_accuracy(run, tmp_path, monkeypatch):
+    losses, make = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.2}, train.make_evaluate
+
+    def make_evaluate(*args):
+        evaluate = make(*args)
+        better_at_guessing = lambda step: {"eval/mean/accuracy": step / 10, "eval/mean/loss": losses[step]}
+        return lambda step, *args: evaluate(step, *args) | better_at_guessing(step)
+
+    monkeypatch.setattr(train, "make_evaluate", make_evaluate)
+    config = changed(run[0], eval_every=1e-4, checkpoint__every=STEPS, checkpoint__keep=1)
+    train.train(config, tmp_path)
+    assert checkpoint.steps(tmp_path) == [2, 4]
+    step, best = checkpoint.read_record(tmp_path, 4)["best"]
+    assert (step, best) == (2, pytest.approx(-2.0 / math.log(2)))
 
 
 def test_bytes_and_tokens_are_counted_per_worker_and_over_all_workers(run):

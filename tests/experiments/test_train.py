@@ -23,7 +23,7 @@ from experiments import (
     train,
 )
 from experiments.algorithms import ALGORITHMS, make_algorithm
-from experiments.optimizers import make_optimizer, make_schedule
+from experiments.optimizers import NoteState, make_optimizer, make_schedule
 from experiments.settings import check_settings
 from experiments.step import Diverged
 from tests.experiments.helpers import BATCH, STEPS, arguments, changed, read_rows, scalars, small_config
@@ -109,6 +109,8 @@ WIRE_BYTES = {
     "crossover_phases": lambda: 4 * 3 * math.ceil(sum(SEGMENTS) / 3),
     "crossover_paper": lambda: MODEL_BYTES,
     "outer": lambda: 4 * 7 * math.ceil(sum(SEGMENTS) / 7) / 16,  # after each 16 steps
+    "noloco": lambda: 2 * MODEL_BYTES / 16,  # φ and φ − θ after each 16 steps
+    "des_loc": lambda: 4 * 7 * math.ceil(sum(SEGMENTS) / 7) * (1 + 1 / 3 + 1 / 6),  # and both moments of AdamW
     "crossover_no_balance": lambda: pulled(SEGMENTS),
     "crossover_no_segments": lambda: MODEL_BYTES,
     "crossover_neither": lambda: pulled([sum(SEGMENTS)]),
@@ -127,7 +129,8 @@ IN_AGREEMENT = ("allreduce", "local_sgd")  # after each step, with `local_steps`
 def algorithm_keys(name):
     """What of the config makes an algorithm or an ablation of the paper's."""
     own = {f"crossover_paper.{key}": value for key, value in ABLATIONS.get(name, {}).items()}
-    return {"algorithm": "crossover_paper" if own else name, **own}
+    optimizer = {"optimizer": "adamw"} if name == "des_loc" else {}
+    return {"algorithm": "crossover_paper" if own else name, **own, **optimizer}
 
 
 def test_all_algorithms_are_here():
@@ -474,11 +477,13 @@ def test_the_command_trains_and_ends_with_a_table(config, tmp_path):
     done = command(*arguments(config, tmp_path))
     assert done.returncode == 0, done.stderr
     assert len(read_rows(tmp_path / "run")) == 2
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (told["steps"], told["model.options.hidden"], told["crossover.wire"]) == (2, [32], None)
     table = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line and "[" not in line)
     assert table["algorithm"].strip() == "crossover, 8 workers"
     assert "set up in" in done.stdout
     assert "set-up" in table["time"]
-    assert "2/2" in done.stderr
+    assert "step/s" not in done.stderr  # a bar, which is for terminals
     assert "dataset_info.py" not in done.stderr
 
 
@@ -558,6 +563,26 @@ def test_the_papers_schedule_is_finite_where_it_ends_compiled_too(config, steps)
     config.schedule.update(decay="polynomial", warmup=0.0)
     schedule = jax.jit(make_schedule(config.schedule, steps, 1.0))
     assert [float(schedule(t)) for t in (steps, steps + 1, 3 * steps)] == pytest.approx([0.0025] * 3)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_note_tells_of_which_worker_an_update_was_left_out_and_only_then(name, config):
+    """Whatever the algorithm: with an all-reduce of all, else of the one whose gradient is not finite; and no later."""
+    config = changed(config, algorithm=name, optimizer="adamw")  # some travel with its moments
+    params = {"fc": {"kernel": jnp.ones((24, 40)), "bias": jnp.ones(24)}}
+    algorithm = make_algorithm(config, make_optimizer(config, 10), params)
+    step = cj.per_worker(lambda s, g, t: algorithm.update(g, s[1], s[0], t), N, replicated=(2,))
+    state, seen = cj.copies((params, algorithm.init(params)), N), []
+    for t in range(4):
+        grads = cj.copies(params, N)
+        if t in (1, 2):
+            grads["fc"]["bias"] = grads["fc"]["bias"].at[3, 5].set(jnp.nan)
+        state = step(state, grads, jnp.int32(t))
+        is_note = lambda x: isinstance(x, NoteState)
+        (note,) = (x for x in jax.tree.leaves(state[1], is_leaf=is_note) if is_note(x))
+        seen.append(note.is_left_out.tolist())
+    wrong = [name == "allreduce" or i == 3 for i in range(N)]
+    assert seen == [[False] * N, wrong, wrong, [False] * N]
 
 
 def test_lars_takes_the_papers_step(config):

@@ -1,15 +1,18 @@
 """The command `python -m crossover_jax describe`."""
 
 import json
+import sys
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 import crossover_jax as cj
 from crossover_jax.__main__ import TOPOLOGIES, main
-from crossover_jax.topology import exponential, pull
-from crossover_jax.topology.describe import describe
+from crossover_jax.topology import derangements, exponential, pull
+from crossover_jax.topology.describe import describe, draw
 from crossover_jax.traced import trace_worker
 
 
@@ -100,3 +103,39 @@ def test_sixteen_thousand_workers_are_described(capsys):
     code, text, _ = run(capsys, "latin", "--workers", "16384", "--hosts", "2048")
     assert code == 0
     assert "workers 16384, rounds 28" in text
+
+
+def test_the_picture_has_every_message_and_what_it_brings():
+    pool = derangements(6, 4, seed=1)
+    who, left, load = draw("derangements", pool, 2, 1).axes
+    (lines,) = who.collections
+    matrices = [pool.matrix(p) for p in range(4)]
+    messages, knows = {}, np.eye(6)[0] > 0  # who has heard of worker 0
+    for p, matrix in enumerate(matrices):
+        for i, j in np.argwhere(matrix > 0):
+            if i != j:
+                messages[p, j, p + 1, i] = knows[j]
+        knows = (matrix @ knows) > 0
+    drawn = [tuple(np.ravel(line).astype(int).tolist()) for line in lines.get_segments()]
+    blue = [color[2] > color[0] for color in lines.get_colors()]
+    assert dict(zip(drawn, blue, strict=True)) == messages
+    in_turn = left.lines[0].get_ydata()[:5]
+    projection, so_far = np.eye(6) - 1 / 6, np.eye(6)
+    for share, matrix in zip(in_turn, [np.eye(6), *matrices], strict=True):
+        so_far = matrix @ so_far
+        assert share == pytest.approx(np.linalg.norm(projection @ so_far @ projection, 2))
+    out_of_hosts = [sum(i // 3 != j // 3 for q, j, _, i in messages if q == p) / 2 for p in range(4)]
+    assert load.lines[1].get_ydata().tolist() == out_of_hosts
+
+
+def test_a_picture_is_a_file_and_without_matplotlib_a_sentence(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "latin.png"
+    assert run(capsys, "latin", "--workers", "1", "--plot", str(path))[0] == 0
+    assert run(capsys, "latin", "--workers", "8", "--plot", str(path))[0] == 0
+    with Image.open(path) as picture:
+        assert picture.width > 1000
+    assert run(capsys, "latin", "--workers", "8", "--plot", str(tmp_path / "a" / "b.png"))[0] == 2
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = run(capsys, "latin", "--workers", "8", "--plot", str(path))
+    assert (code, out) == (2, "")
+    assert err == "`--plot` needs matplotlib, which is missing: `pip install matplotlib`.\n"

@@ -1,0 +1,136 @@
+"""Islands of the application, in threads of one process: the same run as by `python -m experiments.island`."""
+
+import json
+import threading
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from crossover_jax import islands
+from experiments import checkpoint, export, island
+from experiments.configs import lm
+from experiments.islands import virtual
+from experiments.islands.program import make_island_program
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = lm.get_config()
+    text = tmp_path / "text.txt"
+    text.write_bytes(np.random.default_rng(0).integers(97, 123, 200_000, np.uint8).tobytes())
+    config.dataset.data_dir = str(text)
+    config.dataset.eval_split = "validation[0%:5%]"
+    config.model.options.update(num_layers=1, width=16, num_heads=2, mlp_width=16)
+    config.num_workers, config.batch_size, config.steps = 2, 16, 30
+    config.log_every, config.checkpoint.every = 10, 10
+    return config
+
+
+def settings(tmp_path, name, **keys):
+    return island.Settings(islands.directory(tmp_path / "roster"), name, None, "127.0.0.1:0", patience=20.0, **keys)
+
+
+def train(config, workdir, settings):
+    return island.train(config, workdir, settings, devices=jax.devices()[:1])
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_islands_train_until_the_clock_is_at_its_end_and_the_mean_is_exported(config, tmp_path):
+    threads = [
+        threading.Thread(target=train, args=(config, tmp_path / name, settings(tmp_path, name, pace=0.05)))
+        for name in "ab"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = {name: rows(tmp_path / name) for name in "ab"}
+    for name in "ab":
+        last = found[name][-1]
+        assert 480 <= last["clock"] <= 480 + 2 * 8  # 30 steps of 16 examples, whoever made them
+        assert last["train/loss"] < found[name][0]["train/loss"]
+        assert last["participation"] > 0
+        assert last["bits_per_byte"] > 0
+    assert sum(found[name][-1]["step"] for name in "ab") == pytest.approx(60, abs=2)
+
+    # As an island goes on behind a restart: from its own checkpoint, where nobody is there.
+    longer = config.copy_and_resolve_references()
+    with longer.unlocked():
+        longer.steps = 40
+    train(longer, tmp_path / "a", settings(tmp_path, "a"))
+    behind = rows(tmp_path / "a")
+    assert behind[-1]["step"] > found["a"][-1]["step"]
+    assert behind[-1]["clock"] >= 640
+
+    figures = export.export(tmp_path / "a", tmp_path / "model")
+    assert figures.loss == pytest.approx(behind[-1]["eval/mean/loss"], rel=1e-4)
+
+
+def test_the_mean_of_all_islands_is_exported_as_a_runs(config, tmp_path):
+    made = make_island_program(config)
+    train(config, tmp_path / "a", settings(tmp_path, "a"))
+    states = [made.init(), made.init()]
+    states[1] = states[1]._replace(params=jax.tree.map(lambda x: x + 1, states[1].params))
+    roster, ended, there = islands.directory(tmp_path / "others"), threading.Event(), []
+
+    def stay(name, state):
+        own = islands.Island(roster, name, like=state.params, tls=None, cut=made.exchange["cut"], wire=None)
+        own._node.ledger.is_offered = lambda segment: False
+        own.join(state, {})
+        there.append(name)
+        while not ended.wait(0.01):
+            own.exchange(state.params, state)
+        own.leave()
+
+    threads = [threading.Thread(target=stay, args=pair) for pair in zip("xy", states, strict=True)]
+    for thread in threads:
+        thread.start()
+    while len(there) < 2:
+        ended.wait(0.01)
+    export.export(tmp_path / "a", tmp_path / "model", roster=str(tmp_path / "others"))
+    ended.set()
+    for thread in threads:
+        thread.join()
+    with ocp.StandardCheckpointer() as checkpointer:
+        exported = checkpointer.restore((tmp_path / "model" / "model").absolute())["params"]
+    for leaf, mine in zip(jax.tree.leaves(exported), jax.tree.leaves(states[0].params), strict=True):
+        np.testing.assert_allclose(leaf, mine[0] + 0.5, atol=1e-6)
+    assert "all islands" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_checkpoint_has_the_clock_and_no_config_of_many(config, tmp_path):
+    train(config, tmp_path / "a", settings(tmp_path, "a"))
+    record = checkpoint.read_record(tmp_path / "a", checkpoint.steps(tmp_path / "a")[-1])
+    assert sum(record["clock"].values()) == 480
+    assert record["num_workers"] == 1
+    assert record["config"]["algorithm"] == "alone"
+
+
+def test_another_algorithm_than_crossover_is_refused(config):
+    config.algorithm = "alone"
+    config.crossover.update(rounds=1, wire=None)
+    with pytest.raises(ValueError, match="must be 'crossover' for islands"):
+        make_island_program(config)
+
+
+def test_islands_in_virtual_time_are_a_function_of_the_seed_and_survive_a_storm(config):
+    config.num_workers, config.steps, config.crossover.rounds, config.crossover.wire = 4, 12, 1, None
+    config.batch_size = 32
+    made = make_island_program(config)
+    events = (
+        virtual.Event(0.1, "slow", (0,)),
+        virtual.Event(0.3, "kill", (1, 2), 5.0),
+        virtual.Event(0.5, "stop", (3,), 5.0),
+        virtual.Event(0.6, "cut", (0, 1), 5.0),
+        virtual.Event(0.7, "loss", (), 5.0, 0.05),
+    )
+    one, two = (virtual.train(made, virtual.World(events=events), 0) for _ in range(2))
+    assert one == two
+    assert one["delivered"] >= 384
+    assert one["seconds"] > 15  # a calm run would take 12 steps
+    assert 0.1 < one["participation"] < 1
