@@ -273,6 +273,8 @@ class Island:
             if founds:
                 node.is_founder, node.origin = True, "the run's seed"
                 return state
+            if any(head.get("donor") for head in said.values()):  # it is there, perhaps in its first compilation
+                until = self._loop.time() + self.patience
             if self._loop.time() > until:
                 raise NoState(_NO_STATE.format(name=self.name, patience=self.patience, who=sorted(said) or "nobody"))
             await asyncio.sleep(min(1.0, self.patience / 10))
