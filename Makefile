@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/$(RUN)-$(shell date +%Y%m%d-%H%M%S)
 BIN := .venv/bin
 
-.PHONY: train lm test test-tools test-all lint format docs .venv
+.PHONY: train lm storm test test-tools test-all lint format docs .venv
 
 .venv: .venv/installed
 
@@ -22,6 +22,11 @@ train: .venv
 lm: RUN := lm
 lm: .venv
 	JAX_NUM_CPU_DEVICES=8 $(BIN)/python experiments/train.py --config=experiments/configs/lm.py --workdir=$(WORKDIR)
+
+# Islands under every fault, about 15 minutes; WORKDIR/storm.png shows it. As root faults of links too.
+storm: RUN := storm
+storm: .venv
+	$(BIN)/python -m experiments.islands.storm --workdir=$(WORKDIR)
 
 # A file's tests run in one process, which makes their fixtures and compiles their programs once.
 test: .venv

@@ -23,7 +23,17 @@ OTHERS = {
     "CHANGELOG.md": "changes.md",
 }
 CONTENTS = {
-    "Use it": ["start", "examples", "choose", "guide", "language_models", "islands", "scaling", "api"],
+    "Use it": [
+        "start",
+        "examples",
+        "choose",
+        "guide",
+        "language_models",
+        "islands",
+        "islands_security",
+        "scaling",
+        "api",
+    ],
     "What was found": ["results", "performance", "reliability"],
     "Behind it": ["design", "application", "log", "contributing", "changes"],
 }

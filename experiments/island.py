@@ -49,6 +49,10 @@ PACE_MS = absl_flags.DEFINE_float("pace_ms", 0.0, "A step takes at least so long
 STEP_LOG = absl_flags.DEFINE_string("step_log", None, "A file for a line of each step: time, clock, seconds, loss.")
 
 
+class Preempted(Exception):
+    """This island was asked to end before the run has; the same command goes on."""
+
+
 class Settings(NamedTuple):
     """Of one island, what is not in the config."""
 
@@ -70,7 +74,8 @@ def train(
     """Train on `devices` (default: all) until the run's clock is at its end; this island's last state.
 
     Raises `ValueError` for settings that do not fit together, `data.DataMissing`, `islands.NoState` where there is
-    nothing to begin with, `islands.Superseded` where a newer process has the name, `Diverged`, and `NotSaved`.
+    nothing to begin with, `islands.Superseded` where a newer process has the name, `Diverged`, `NotSaved`, and
+    `Preempted` after SIGTERM.
     """
     with contextlib.ExitStack() as stack:
         workdir = open_workdir(workdir)
@@ -131,6 +136,8 @@ class _Run:
                 if saves.last != self.own_step:
                     self.save(saves, state)
                 saves.wait()
+        if island.clock < made.total:
+            raise Preempted(f"{island.life} ended at its step {self.own_step} by SIGTERM: the same command goes on.")
         return state
 
     def step(self, state: TrainState, batch: Any) -> TrainState:
@@ -147,7 +154,7 @@ class _Run:
             params = island.exchange(state.params, state, delivered=made.examples)
         except islands.LongAway as error:
             processes.say(str(error))
-            return island.join(state)
+            return island.join(state, island.counts)  # should it be alone, its own state is what there is
         ended = time.perf_counter()
         self.seconds.append((ended - began, ended - stepped))
         if self.settings.step_log:
@@ -246,6 +253,9 @@ def main(argv: list[str]) -> None:
     try:
         settings = settings_of_flags()
         train(flags.CONFIG.value, str(flags.WORKDIR.value), settings)
+    except Preempted as error:
+        processes.say(str(error))
+        sys.exit(processes.PREEMPTED)
     except (ValueError, data.DataMissing, Diverged, NotSaved, islands.NoState, islands.Superseded) as error:
         logging.debug("", exc_info=True)
         sys.exit(f"error: {error}")

@@ -86,7 +86,7 @@ def check() -> None:
 def enter() -> None:
     """Run this very command in namespaces of its own, and end with it; returns in there. Raises `Missing`."""
     if INSIDE in os.environ and os.getpid() == 1:  # the first process of its namespace, not a program on a host
-        _ip("link set lo up")
+        ip("link set lo up")
         subprocess.run(["mount", "-t", "tmpfs", "none", FOLDER], check=True)
         return
     check()
@@ -124,13 +124,13 @@ def run(
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder, contextlib.ExitStack() as opened:
         names = [f"{address(i)} host{i}\n" for i in range(len(commands))]
         pathlib.Path(folder, "hosts").write_text("".join(["127.0.0.1 localhost\n", *names]))
-        _ip("link add bridge0 type bridge", "link set bridge0 up")
+        ip("link add bridge0 type bridge", "link set bridge0 up")
         started: list[Host] = []
         try:
             for i, command in enumerate(commands):
                 ends = [opened.enter_context(open(pathlib.Path(folder, f"{i}.{end}"), "w+")) for end in ENDS]
                 started.append(_start(i, command, f"{folder}/hosts", ends, env or {}))
-                _plug(i, started[i].process.pid, rate, burst)
+                plug(i, started[i].process.pid, rate, burst)
                 _tune(started[i].process.pid, congestion, tcp)
             for host in started:
                 host.process.stdin.write("go\n")
@@ -144,7 +144,7 @@ def run(
             for host in started:
                 host.process.kill()
                 host.process.wait()
-            _ip("link del bridge0")  # the links went with their hosts
+            ip("link del bridge0")  # the links went with their hosts
 
 
 def _check_count(hosts: int) -> None:
@@ -197,13 +197,13 @@ def sent_bytes() -> int:
     return int(found[1]) if found else 0
 
 
-def _plug(i: int, pid: int, rate: str | None, burst: int) -> None:
+def plug(i: int, pid: int, rate: str | None, burst: int) -> None:
     """Give the host with this process its link to the bridge."""
     _wait_for_namespace(pid)
     inside = ["nsenter", f"--net=/proc/{pid}/ns/net"]
-    _ip(f"link add port{i} type veth peer name eth0 netns {pid}", f"link set port{i} master bridge0 up")
-    _ip(f"addr add {address(i)}/24 dev eth0", "link set lo up", inside=inside)
-    _ip(f"link set eth0 gso_max_size {min(1 << 16, int(PACKET * burst))} up", inside=inside)
+    ip(f"link add port{i} type veth peer name eth0 netns {pid}", f"link set port{i} master bridge0 up")
+    ip(f"addr add {address(i)}/24 dev eth0", "link set lo up", inside=inside)
+    ip(f"link set eth0 gso_max_size {min(1 << 16, int(PACKET * burst))} up", inside=inside)
     if rate:
         for where, device in (([], f"port{i}"), (inside, "eth0")):
             limit = f"tc qdisc add dev {device} {LIMIT.format(rate=rate, burst=burst)}"
@@ -231,7 +231,8 @@ def _wait_for_namespace(pid: int) -> None:
         time.sleep(0.001)
 
 
-def _ip(*commands: str, inside: Sequence[str] = ()) -> None:
+def ip(*commands: str, inside: Sequence[str] = ()) -> None:
+    """Run commands of `ip`, behind what `inside` says: "nsenter" with the namespaces of a host."""
     for command in commands:
         subprocess.run([*inside, "ip", *command.split()], check=True)
 

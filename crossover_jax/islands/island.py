@@ -35,7 +35,8 @@ class Island:
     """This process's place among islands that come and go.
 
     `roster` says who may be there, `name` who this is, `like` what the parameters look like; `cut` and `wire` are as
-    on a mesh, and the same on all islands. An exchange is due at every `every`-th call of `exchange`. `bind` is the
+    on a mesh, and the same on all islands. Every `every`-th call of `exchange` offers what there is, for up to `rounds`
+    exchanges of each segment: more of them keep islands closer, and send as many times more. `bind` is the
     address at which others reach this island, "10.0.3.7:7000"; with `advertise` they are told another. `tls` has its
     certificate; None, which must be said, is plain text. A link on which nothing moves for `timeout` seconds has
     failed. Who was away for `patience` seconds has gone.
@@ -55,6 +56,7 @@ class Island:
         tls: Tls | None,
         wire: str | None = None,
         every: int = 1,
+        rounds: int = 1,
         bind: str = "127.0.0.1:0",
         advertise: str | None = None,
         timeout: float = 10.0,
@@ -65,12 +67,15 @@ class Island:
         check_name(name)
         if every < 1:
             raise ValueError(f"`every` must be at least 1 step, got {every}.")
+        if rounds < 1:
+            raise ValueError(f"`rounds` must be at least 1 exchange of a publication, got {rounds}.")
         self.name, self.every, self.patience = name, every, patience
         self._roster, self._advertise = roster, advertise
         self._payload = Payload(like, cut, wire)
         transport = transport or Tcp(bind, tls=tls, timeout=timeout)
         incarnation = self._first_incarnation()
-        self._node = Node(name, incarnation, self._payload.layout, transport, seed=seed, patience=patience)
+        layout = self._payload.layout
+        self._node = Node(name, incarnation, layout, transport, seed=seed, patience=patience, rounds=rounds)
         self._number, self._is_publishing = 0, False
         self._has_joined, self._has_left = False, False
         self._squares: Any = None  # of the last differences, on the devices
@@ -268,6 +273,8 @@ class Island:
             if founds:
                 node.is_founder, node.origin = True, "the run's seed"
                 return state
+            if any(head.get("donor") for head in said.values()):  # it is there, perhaps in its first compilation
+                until = self._loop.time() + self.patience
             if self._loop.time() > until:
                 raise NoState(_NO_STATE.format(name=self.name, patience=self.patience, who=sorted(said) or "nobody"))
             await asyncio.sleep(min(1.0, self.patience / 10))

@@ -2,20 +2,21 @@
 
 import collections
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from crossover_jax.islands.layout import Segment
 
 COMMITTED, ABORTED = "committed", "aborted"
 KEPT = 4096  # outcomes that are remembered
+Mixed = Callable[[int, Segment, Segment], Segment]  # (segment, mine, theirs) -> what both are after their exchange
 
 
 class Publication(NamedTuple):
     """An island's parameters at one moment, as a wire says them. `number` counts an incarnation's publications."""
 
     number: int
-    segments: Sequence[Segment]
+    segments: list[Segment]
     scale: float  # the largest magnitude in all of them
 
 
@@ -32,14 +33,18 @@ class Ledger:
 
     An exchange has an id, and a segment takes part in one exchange at a time. It is on offer only in a publication
     that was packed after the last difference to it was added: exchanges of older ones diverge, even one at a time.
-    What an id came to is decided once. Called by the network's thread and, for `take`, by the training loop's.
+    A publication's segment may go through several `rounds`: it is then offered as `mixed` has made it, differences
+    included that are still to be added. What an id came to is decided once. Called by the network's thread and, for
+    `take`, by the training loop's.
     """
 
-    def __init__(self, num_segments: int):
+    def __init__(self, num_segments: int, rounds: int = 1, mixed: Mixed | None = None):
+        self.rounds, self._mixed = rounds, mixed
         self.now: Publication | None = None
         self._packed_from = [0] * num_segments  # the first publication that has the last difference in it
         self._reserved: dict[str, tuple[int, Publication]] = {}  # by the exchange's id
-        self._taken: set[int] = set()  # segments that are reserved, or whose difference is not yet added
+        self._busy: set[int] = set()  # segments that are reserved
+        self._rounds: dict[int, tuple[int, int]] = {}  # of segments with differences to add: publication, how many
         self._arrived: list[Arrival] = []
         self._outcomes: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -51,7 +56,10 @@ class Ledger:
     def is_offered(self, segment: int) -> bool:
         """Whether `reserve` would succeed."""
         now = self.now
-        return now is not None and segment not in self._taken and now.number >= self._packed_from[segment]
+        if now is None or segment in self._busy or now.number < self._packed_from[segment]:
+            return False
+        number, done = self._rounds.get(segment, (now.number, 0))
+        return number == now.number and done < self.rounds
 
     def reserve(self, segment: int, id: str) -> Publication | None:
         """Keep a segment for this exchange; None if it is not on offer, or the id is known already."""
@@ -59,7 +67,7 @@ class Ledger:
             if not self.is_offered(segment) or id in self._reserved or id in self._outcomes:
                 return None
             assert self.now is not None
-            self._taken.add(segment)
+            self._busy.add(segment)
             self._reserved[id] = segment, self.now
             return self.now
 
@@ -69,7 +77,12 @@ class Ledger:
             if id not in self._reserved:
                 return self._outcomes.get(id) == COMMITTED
             segment, publication = self._reserved.pop(id)
-            self._arrived.append(Arrival(segment, publication.segments[segment], theirs))
+            mine, done = publication.segments[segment], self._rounds.get(segment, (0, 0))[1]
+            self._arrived.append(Arrival(segment, mine, theirs))
+            self._rounds[segment] = publication.number, done + 1
+            if self._mixed and self.rounds > 1:
+                publication.segments[segment] = self._mixed(segment, mine, theirs)
+            self._busy.discard(segment)
             self._decide(id, COMMITTED)
             return True
 
@@ -81,7 +94,7 @@ class Ledger:
         with self._lock:
             if id in self._reserved:
                 segment, _ = self._reserved.pop(id)
-                self._taken.discard(segment)
+                self._busy.discard(segment)
             if id not in self._outcomes:
                 self._decide(id, ABORTED)
             return self._outcomes[id]
@@ -97,5 +110,5 @@ class Ledger:
             arrived, self._arrived = self._arrived, []
             for arrival in arrived:
                 self._packed_from[arrival.segment] = next_number
-                self._taken.discard(arrival.segment)
+                self._rounds.pop(arrival.segment, None)
             return arrived

@@ -45,10 +45,11 @@ class Node:
         seed: int = 0,
         patience: float = 30.0,
         limit: float = 100.0,
+        rounds: int = 1,
     ):
         self.name, self.incarnation, self.layout, self.transport = name, incarnation, layout, transport
         self.patience, self.limit = patience, limit
-        self.ledger = Ledger(len(layout.segments))
+        self.ledger = Ledger(len(layout.segments), rounds, layout.mixed)
         self.clock = Clock()
         self.members: dict[str, str] = {}  # addresses of the others, by name or, where that is unknown, by themselves
         self.incarnations: dict[str, int] = {}  # the newest that was heard of, by name
@@ -76,7 +77,7 @@ class Node:
         if now > self._published_at > -math.inf:
             self._interval = now - self._published_at
         self._published_at = now
-        self.due += len(self.layout.segments) if self.members else 0
+        self.due += len(self.layout.segments) * self.ledger.rounds if self.members else 0
         self._published.set()
         self._published = asyncio.Event()
 
@@ -98,8 +99,7 @@ class Node:
                 for peer in peers:
                     if published.is_set() or not self.ledger.is_offered(segment):
                         break
-                    if await self.exchange(segment, peer):
-                        break
+                    await self.exchange(segment, peer)
                 # Whoever has met nobody by then draws again; not sooner than asking takes, for who asks is busy.
                 wait = max(0.1 * self._interval, 4 * self._asking) * self._rng.uniform(0.5, 1.5)
                 with contextlib.suppress(TimeoutError):

@@ -11,7 +11,7 @@ from crossover_jax.islands.roster import OBSERVER, Roster
 from crossover_jax.islands.transport import Head, LinkError, Tcp, Tls
 from crossover_jax.leaves import PyTree
 
-_NOTHING = Layout("", "", (), lambda segment, bits: 0.0)
+_NOTHING = Layout("", "", (), lambda segment, mine, theirs: mine, lambda segment, bits: 0.0)
 
 
 def look(roster: Roster, *, tls: Tls | None, timeout: float = 10.0) -> dict[str, Head]:

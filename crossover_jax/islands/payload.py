@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,9 +47,10 @@ class Payload:
         model = digest([[name, list(x.shape), str(x.dtype)] for name, x in zip(names, shapes, strict=True)])
         vectors = [[(np.dtype(x.dtype), x.size) for x in segment] for segment in bits]
         order = [[packing.leaves, packing.bounds, packing.split] for packing in self._packings]
-        self.layout = Layout(model, digest([PROTOCOL, model, wire, order]), vectors, self.largest)
+        self.layout = Layout(model, digest([PROTOCOL, model, wire, order]), vectors, self.mixed, self.largest)
         self.num_params = sum(x.size for x in self._leaves)
         self.num_bytes = sum(x.size * x.dtype.itemsize for x in self._leaves)
+        self._mixes: dict[Any, Callable] = {}  # compiled, by what the wire speaks of
         self._packed, self._added = jax.jit(self._pack), jax.jit(self._add)
 
     def pack(self, params: PyTree) -> list[Segment]:
@@ -57,12 +58,20 @@ class Payload:
         return self._packed(self._of(params))
 
     def add(self, params: PyTree, arrived: Sequence[Arrival]) -> tuple[PyTree, Array]:
-        """The parameters with ½ (theirs − mine) added to each segment that has arrived; ‖theirs − mine‖² of each."""
-        mine, theirs = list(self._zeros), list(self._zeros)
-        for arrival in arrived:
-            mine[arrival.segment], theirs[arrival.segment] = arrival.mine, arrival.theirs
-        moved, squares = self._added(self._of(params), mine, theirs)
-        return self._with(params, moved), squares
+        """The parameters with ½ (theirs − mine) added for all that came; ‖theirs − mine‖² of each segment's first."""
+        moved, first, left = self._of(params), None, list(arrived)
+        while left or first is None:
+            mine, theirs, later = list(self._zeros), list(self._zeros), []
+            taken: set[int] = set()
+            for arrival in left:  # of each segment one at a time: the program has room for one
+                if arrival.segment in taken:
+                    later.append(arrival)
+                    continue
+                taken.add(arrival.segment)
+                mine[arrival.segment], theirs[arrival.segment] = arrival.mine, arrival.theirs
+            moved, squares = self._added(moved, mine, theirs)
+            first, left = squares if first is None else first, later
+        return self._with(params, moved), first
 
     def copied(self, params: PyTree) -> list[Array]:
         """Copies of the leaves that travel, on the devices."""
@@ -82,6 +91,23 @@ class Payload:
         for i, leaf in zip(self._moving, moved, strict=True):
             leaves[i] = leaf
         return self._tree.unflatten(leaves)
+
+    def mixed(self, k: int, mine: Segment, theirs: Segment) -> Segment:
+        """What the wire says of mine + ½ (theirs − mine), on the host: what is offered to the next peer."""
+        return tuple(np.asarray(self._mix(a, b, says[k])) for a, b, says in zip(mine, theirs, self._says, strict=True))
+
+    def _mix(self, mine: np.ndarray, theirs: np.ndarray, said: Any) -> Any:
+        if not self._wire.is_narrower(said):
+            wide = np.promote_types(said.dtype, widened(said.dtype))
+            return (mine + (theirs.astype(wide) - mine.astype(wide)) / 2).astype(mine.dtype)
+        if said not in self._mixes:
+
+            def mix(mine: Array, theirs: Array) -> Array:
+                a, b = (self._wire.decode(bits, said) for bits in (mine, theirs))
+                return self._wire.encode((a + (b - a) / 2).astype(said.dtype))
+
+            self._mixes[said] = jax.jit(mix)
+        return self._mixes[said](mine, theirs)
 
     def largest(self, k: int, segment: Segment) -> float:
         """The largest magnitude of what the bits of segment `k` say; NaN or infinite if one of the numbers is."""

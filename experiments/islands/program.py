@@ -33,7 +33,7 @@ class IslandProgram(NamedTuple):
     evaluate: Callable[[int, TrainState], dict[str, float]]
     examples: int  # of a step of one island
     total: int  # examples of all islands together, at which the run ends
-    exchange: dict[str, Any]  # `cut`, `wire` and `every`
+    exchange: dict[str, Any]  # `cut`, `wire`, `every` and `rounds`
     record: dict[str, Any]  # for checkpoints: the config of one island alone, and the digest of the data
 
 
@@ -95,6 +95,6 @@ def make_island_program(config: ml_collections.ConfigDict, workers: Mesh | int =
         evaluate,
         alone.batch_size,
         num_steps * config.batch_size,
-        {"cut": CUTS[own.cut](own.segments or ROWS), "wire": own.wire, "every": own.local_steps},
+        {"cut": CUTS[own.cut](own.segments or ROWS), "wire": own.wire, "every": own.local_steps, "rounds": own.rounds},
         as_json(alone) | {"data": ", ".join(dataset.digest for dataset in (train_set, eval_set))},
     )

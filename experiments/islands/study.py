@@ -39,10 +39,12 @@ STORM = (
     Event(0.6, "loss", (), 40.0, 0.01),
     Event(0.75, "kill", (1, 2, 3, 4, 5, 6, 7), 20.0),
 )
-ARMS: dict[str, tuple[int, World]] = {  # exchange at every so many steps
-    "islands": (1, World()),
-    "islands, every 2": (2, World()),
-    "islands, storm": (1, World(events=STORM)),
+ARMS: dict[str, tuple[int, int, World]] = {  # publications at every so many steps, and rounds of each
+    "islands": (1, 1, World()),
+    "islands, every 2": (2, 1, World()),
+    "islands, three rounds": (1, 3, World()),
+    "islands, storm": (1, 1, World(events=STORM)),
+    "islands, three rounds, storm": (1, 3, World(events=STORM)),
 }
 
 
@@ -97,8 +99,8 @@ def main(argv: Sequence[str]) -> int:
             if arm == "spmd":
                 found = spmd(config)
             else:
-                every, world = ARMS[arm]
-                config.crossover.local_steps = every
+                every, rounds, world = ARMS[arm]
+                config.crossover.local_steps, config.crossover.rounds = every, rounds
                 found = train(make_island_program(config), world, seed)
             row: dict[str, Any] = {
                 "arm": arm,

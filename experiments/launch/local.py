@@ -2,6 +2,7 @@
 
     python experiments/launch/local.py --processes 4 --devices-per-process 2 -- --workdir=runs/local --config.steps=20
     python experiments/launch/local.py --processes 4 --restarts 3 --shrink -- --workdir=runs/local
+    python experiments/launch/local.py --islands 4 --restarts 3 -- --workdir=runs/islands
 
 What follows `--` goes to `train.py`. The exit code is that of the first process that fails, else 0; of one that a
 signal killed it is 128 + the signal.
@@ -10,14 +11,22 @@ With `--restarts` all processes start again, and go on from the last checkpoint 
 the job was preempted: not after an error that `train.py` reports, which would come again. With `--shrink` they do so on
 the processes that are left, with as many workers each as before. SIGTERM goes on to the processes, which write a
 checkpoint and end, and nothing is restarted; a second one kills them.
+
+With `--islands` each process is an island, `island.py`, with a name (a, b, c …) and a folder of that name below
+`--workdir`, where they also have their roster. They talk on this machine alone: in plain text, which its other users
+can reach, or with `--keys`. An island that was killed, or ended by a SIGTERM of its own, is started again alone, up to
+`--restarts` times, and the others do not notice. The exit code is that of the first one that stays away, else 0.
 """
 
 import argparse
+import collections
 import contextlib
+import itertools
 import os
 import pathlib
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -25,6 +34,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 TRAIN = pathlib.Path(__file__).resolve().parents[1] / "train.py"
+ISLAND = TRAIN.with_name("island.py")
 PREEMPTED = 75  # as in experiments/processes/preemption.py, which would import JAX here
 POLL = 0.1  # seconds; who fails between two looks has failed at once
 # Linux kills a process that asks for it when its parent dies: what was killed by SIGKILL leaves no processes behind.
@@ -56,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     shape = read_shape(args) if args.shrink else None
     with terminations() as asked:
         try:
-            return run_with_restarts(args, shape, asked)
+            return run_islands(args, asked) if args.islands else run_with_restarts(args, shape, asked)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
 
@@ -86,7 +96,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The launcher's own flags, and `train_flags`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices-per-process", type=int, default=4)
+    parser.add_argument("--islands", type=int, default=0, help="so many islands instead of the processes of one job")
+    parser.add_argument("--devices-per-process", type=int, help="default: 4; of an island 1")
     parser.add_argument("--grace", type=float, default=120, help="seconds that the others have once one has failed")
     parser.add_argument("--restarts", type=int, default=0, help="how often to start again; default: not at all")
     parser.add_argument("--shrink", action="store_true", help="start again without the processes that were killed")
@@ -94,6 +105,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.shrink and args.restarts < 1:
         parser.error("--shrink needs --restarts of at least 1")
+    if args.islands and args.shrink:
+        parser.error("--shrink is for processes of one job: islands that are left go on by themselves")
+    if args.islands and value_of(args.train_flags, "workdir") is None:
+        parser.error("--islands needs a --workdir behind --, below which each island has a folder")
+    args.devices_per_process = args.devices_per_process or (1 if args.islands else 4)
     return args
 
 
@@ -131,12 +147,7 @@ def run(
     train_flags: Sequence[str], num_processes: int, args: argparse.Namespace, asked: Sequence[int]
 ) -> dict[int, int]:
     """Start the processes, and leave none behind: what `wait_for` returns."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(args.devices_per_process),
-    }
-    port, processes = free_port(), []
+    environment, port, processes = environment_of(args), free_port(), []
     try:
         for i in range(num_processes):
             line = dying_with_us(command(train_flags, port, num_processes, i))
@@ -146,6 +157,11 @@ def run(
         for process in processes:
             process.kill()
             process.wait()
+
+
+def environment_of(args: argparse.Namespace) -> dict[str, str]:
+    """With which each process is started."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices_per_process)}
 
 
 def command(train_flags: Sequence[str], port: int, num_processes: int, process_id: int) -> list[str]:
@@ -278,6 +294,92 @@ def difference(before: Shape, after: Shape, dead: int) -> str:
         f"{after.processes} of {counted(before.processes, 'process')} and {after.workers} of "
         f"{counted(before.workers, 'worker')}" + (f" ({reason})" if reason else "")
     )
+
+
+def run_islands(args: argparse.Namespace, asked: Sequence[int]) -> int:
+    """Run islands until all have ended; the exit code of the first that stayed away, else 0."""
+    alive: dict[str, subprocess.Popen] = {}
+    restarts: collections.Counter[str] = collections.Counter()
+    failed, deadline, passed_on = 0, float("inf"), 0
+
+    def start(name: str) -> None:
+        line = dying_with_us(island_command(args.train_flags, name, args.islands))
+        alive[name] = subprocess.Popen(line, env=environment_of(args))
+
+    try:
+        for name in itertools.islice(island_names(), args.islands):
+            start(name)
+        while alive:
+            for name, code in [(name, process.poll()) for name, process in alive.items()]:
+                if code is None:
+                    continue
+                del alive[name]
+                if is_passing(code) and not asked and restarts[name] < args.restarts:
+                    restarts[name] += 1
+                    say(f"island {name} {described_island(code)}; restart {restarts[name]} of {args.restarts}")
+                    start(name)
+                else:
+                    failed = failed or code
+                    if code and not asked:
+                        say(f"island {name} {described_island(code)}; the others go on")
+            if passed_on < len(asked):
+                for process in alive.values():
+                    process.send_signal(asked[passed_on])
+                passed_on, deadline = passed_on + 1, min(deadline, time.monotonic() + args.grace)
+            if passed_on > 1 or time.monotonic() > deadline:
+                for process in alive.values():
+                    process.kill()
+            time.sleep(POLL)
+        return exit_code(failed)
+    finally:
+        for process in alive.values():
+            process.kill()
+            process.wait()
+
+
+def island_names() -> Iterator[str]:
+    """Names that a certificate can bear, in the order of the alphabet.
+
+    >>> list(itertools.islice(island_names(), 28))[-3:]
+    ['z', 'aa', 'ab']
+    """
+    for length in itertools.count(1):
+        yield from map("".join, itertools.product(string.ascii_lowercase, repeat=length))
+
+
+def island_command(flags: Sequence[str], name: str, islands: int) -> list[str]:
+    """The command line of one island, of whose `--workdir` all have a part; what is said in `flags` stays."""
+    folder = pathlib.Path(str(value_of(flags, "workdir")))
+    own = {"workdir": str(folder / name), "name": name}
+    unless_said = {"roster": str(folder / "roster"), "config.num_workers": str(islands)}
+    own |= {flag: value for flag, value in unless_said.items() if value_of(flags, flag) is None}
+    text = [] if value_of(flags, "keys") is not None else ["--plain_text"]
+    return [sys.executable, str(ISLAND), *replaced(flags, own), *text]
+
+
+def described_island(code: int) -> str:
+    """How an island ended.
+
+    >>> described_island(-9), described_island(75), described_island(1)
+    ('was killed by SIGKILL', 'was preempted', 'ended with 1')
+    """
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return "was preempted" if is_preempted(code) else f"ended with {code}"
+
+
+def value_of(flags: Sequence[str], name: str) -> str | None:
+    """The last value that a flag has; None if it has none.
+
+    >>> value_of(["--workdir=runs/a", "--keys", "runs/keys"], "keys")
+    'runs/keys'
+    """
+    found, rest = None, iter(flags)
+    for flag in rest:
+        own, equals, value = flag.partition("=")
+        if flag.startswith("-") and own.lstrip("-") == name:
+            found = value if equals else next(rest, None)
+    return found
 
 
 def replaced(flags: Sequence[str], new: Mapping[str, str]) -> list[str]:

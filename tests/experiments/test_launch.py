@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import types
 from typing import NamedTuple
 
@@ -21,8 +22,9 @@ import yaml
 from absl import flags
 from jax._src.clusters import k8s_cluster
 
+from crossover_jax.islands.roster import check_name
 from experiments import flags as train_flags
-from experiments import processes
+from experiments import island, processes  # noqa: F401  # island: its flags
 from experiments.launch import local
 from experiments.settings import check_settings
 
@@ -30,8 +32,12 @@ pytestmark = pytest.mark.tools
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments/launch"
 SHELL = [LAUNCH / name for name in ("slurm.sbatch", "openmpi.sh", "by_hand.sh", "tpu_pod.sh")]
+ISLAND_SHELL = [LAUNCH / name for name in ("islands.sbatch", "spot.sh")]
+ISLAND_YAML = LAUNCH / "islands.yaml"
 YAML = [LAUNCH / name for name in ("indexed_job.yaml", "jobset.yaml", "jobset_tpu.yaml")]
-TEXT = "\n".join(path.read_text() for path in [*SHELL, *YAML])  # comments too: they recommend flags
+TEXT = "\n".join(
+    path.read_text() for path in [*SHELL, *YAML, *ISLAND_SHELL, ISLAND_YAML]
+)  # comments too: they recommend flags
 CACHE = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
 SUBMITTED = {"PATH": "", "SHARED": "/shared", "REPO": str(ROOT), "WORKDIR": "/shared/runs/a run"}
 
@@ -75,20 +81,20 @@ def calls(stub, command, env, code=0):
     return found
 
 
-def trained(command):
-    """The arguments of train.py in a command of python."""
+def trained(command, program="train.py"):
+    """The arguments of train.py, or of island.py, in a command of python."""
     python, script, *args = command
     assert pathlib.Path(python).name == "python"
-    assert (ROOT / script).resolve() == ROOT / "experiments/train.py"
+    assert (ROOT / script).resolve() == ROOT / "experiments" / program
     return args
 
 
 # What each launcher then starts
 
 
-def asked_of_slurm():
-    """The options in slurm.sbatch, which sbatch reads up to the first command."""
-    before, _ = (LAUNCH / "slurm.sbatch").read_text().split("\nset ", 1)
+def asked_of_slurm(file="slurm.sbatch"):
+    """The options in a file, which sbatch reads up to the first command."""
+    before, _ = (LAUNCH / file).read_text().split("\nset ", 1)
     return dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", before, re.MULTILINE))
 
 
@@ -364,7 +370,7 @@ def test_a_queued_resource_has_as_many_nodes_as_slices(stub, slices):
     assert ("--node-count=2" in args) == (slices == 2)
 
 
-@pytest.mark.parametrize("path", SHELL, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*SHELL, *ISLAND_SHELL], ids=lambda p: p.name)
 def test_shell_files_stop_at_the_first_error(path):
     assert "set -euo pipefail" in path.read_text()
     subprocess.run(["bash", "-n", path], check=True)
@@ -494,6 +500,189 @@ def test_jobs_run_all_their_pods_at_once_and_are_found_where_jax_would_look(path
     )
     address = cluster.get_coordinator_address(timeout_secs=None, override_coordinator_port="8476")
     assert f"--coordinator={address} " in container["args"][0]
+
+
+# Islands: each is started by itself, and again when it was lost
+
+
+def slurm_island(stub, number=3, *more, code=0, restarts=0):
+    """What islands.sbatch calls for one job of its array."""
+    env = {"SLURM_JOB_ID": "4245", "SLURM_ARRAY_JOB_ID": "4242", "SLURM_ARRAY_TASK_ID": str(number)}
+    env |= {"SLURM_ARRAY_TASK_COUNT": "8", "SLURMD_NODENAME": "node007", "SLURM_SUBMIT_DIR": str(ROOT)}
+    env |= {"SLURM_CPUS_PER_TASK": "64", "SLURM_RESTART_COUNT": str(restarts), "SRUN_ENDS": str(code)}
+    return calls(stub, ["bash", ISLAND_SHELL[0], *more], SUBMITTED | {"KEYS": "/shared/keys"} | env, code)
+
+
+def spot_island(stub, number=3, *more):
+    env = {"ROSTER": "/shared/roster", "KEYS": "/etc/island", "NAME": f"spot-{number}", "ADDRESS": "10.0.3.7:7000"}
+    return calls(stub, ["bash", ISLAND_SHELL[1], *more], {"REPO": str(ROOT)} | env)
+
+
+def island_job():
+    return documents(ISLAND_YAML)[-1]["spec"]
+
+
+def kubernetes_island(stub, number=3):
+    [container] = island_job()["template"]["spec"]["containers"]
+    env = {x["name"]: x["value"] for x in container["env"] if "value" in x}
+    assert {"name": "ADDRESS", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}} in container["env"]
+    env |= {"ADDRESS": "10.0.3.7", "JOB_COMPLETION_INDEX": str(number)}
+    return calls(stub, [*container["command"], *container["args"]], env)
+
+
+ISLANDS = {  # what starts the third of eight islands, and the address at which the others reach it
+    "slurm": (slurm_island, "node007:0"),
+    "spot": (spot_island, "10.0.3.7:7000"),
+    "kubernetes": (kubernetes_island, "10.0.3.7:7000"),
+}
+
+
+@pytest.mark.parametrize("config", ["fashion_mnist", "lm"])
+@pytest.mark.parametrize("name", ISLANDS)
+def test_every_island_has_flags_that_it_knows_and_a_name_a_folder_and_an_address_of_its_own(name, config, stub):
+    start, address = ISLANDS[name]
+    found = []
+    for number in (3, 4):
+        [(command, args, env)] = start(stub, number)
+        if command == "srun":
+            first = next(i for i, arg in enumerate(args) if not arg.startswith("-"))
+            command, args = args[first], args[first + 1 :]
+        args = trained([command, *args], "island.py")
+        assert env.keys() >= CACHE
+        found.append(values(args))
+    one, other = found
+    changed = importlib.import_module(f"experiments.configs.{config}").get_config()
+    for key, value in one.items():
+        if key.startswith("config."):
+            kind = type(operator.attrgetter(key.removeprefix("config."))(changed))
+            changed.update_from_flattened_dict({key.removeprefix("config."): kind(value)})
+        elif key != "config":
+            flags.FLAGS[key].parser.parse(value)
+    check_settings(changed)
+    assert changed.num_workers == 8
+    assert changed.batch_size % changed.num_workers == 0
+    own = {"name", "workdir"}
+    assert {key: value for key, value in one.items() if key not in own} == {k: other[k] for k in other if k not in own}
+    for flags_of, number in ((one, 3), (other, 4)):
+        assert flags_of["name"].endswith(f"-{number}")
+        assert flags_of["workdir"].endswith(f"/{flags_of['name']}")
+        check_name(flags_of["name"])
+    assert one["bind"] == address
+    assert one["keys"]
+    assert one.keys() >= {"roster", "config"}
+
+
+@pytest.mark.parametrize("start", [slurm_island, spot_island])
+def test_what_follows_an_islands_command_goes_to_it(start, stub):
+    [(_, args, _)] = start(stub, 3, "--found=True", "--config.seed=1 2")
+    assert args[-2:] == ["--found=True", "--config.seed=1 2"]
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, 0, False), (1, 0, False), (75, 0, True), (75, 99, True), (137, 0, True), (134, 19, True), (137, 20, False)],
+)
+def test_slurm_queues_one_island_again_and_not_the_array(code, restarts, requeued, stub):
+    called = {name: args for name, args, _ in slurm_island(stub, code=code, restarts=restarts)}
+    assert called.pop("srun")
+    assert called == ({"scontrol": ["requeue", "4242_3"]} if requeued else {})
+
+
+def test_slurm_needs_no_two_islands_at_once_and_tells_each_before_its_time_is_up():
+    asked = asked_of_slurm("islands.sbatch")
+    assert (asked["nodes"], asked["ntasks"]) == ("1", "1")
+    first, last = map(int, asked["array"].split("-"))
+    assert last - first + 1 == 8
+    assert asked["output"].count("%a") == 1  # a file for each
+    who, seconds = asked["signal"].split("@")
+    assert who == "TERM"
+    assert int(seconds) >= 120
+    assert asked.keys() >= {"requeue", "open-mode"}
+
+
+def what_becomes_of(code=None, condition=None):
+    for rule in island_job()["podFailurePolicy"]["rules"]:  # the first that matches
+        codes, conditions = rule.get("onExitCodes"), rule.get("onPodConditions", [])
+        if codes and code in codes["values"]:
+            assert codes == {"containerName": "island", "operator": "In", "values": sorted(codes["values"])}
+            return rule["action"]
+        if condition in [x["type"] for x in conditions]:
+            return rule["action"]
+    return "Count"
+
+
+def test_kubernetes_replaces_an_island_alone_and_gives_up_none_for_another():
+    spec = island_job()
+    pod = spec["template"]["spec"]
+    assert (spec["completionMode"], pod["restartPolicy"]) == ("Indexed", "Never")  # as podFailurePolicy needs
+    assert "backoffLimit" not in spec  # of all pods together
+    assert spec["backoffLimitPerIndex"] > 0
+    assert what_becomes_of(75) == what_becomes_of(137, "DisruptionTarget") == "Ignore"
+    assert what_becomes_of(1) == "FailIndex"
+    assert what_becomes_of(137) == "Count"
+    assert pod["terminationGracePeriodSeconds"] >= 120
+    assert "\nexec python " in pod["containers"][0]["args"][0]  # else the shell would get SIGTERM, and not pass it on
+    budget, _ = documents(ISLAND_YAML)
+    assert budget["spec"]["selector"]["matchLabels"] == {"job-name": documents(ISLAND_YAML)[-1]["metadata"]["name"]}
+    assert 0 < budget["spec"]["minAvailable"] < spec["completions"] == spec["parallelism"]
+
+
+def test_a_pod_is_ready_that_has_made_a_step_and_has_its_keys_from_a_secret(stub, tmp_path):
+    pod = island_job()["template"]["spec"]
+    [container] = pod["containers"]
+    [(_, args, _)] = kubernetes_island(stub)
+    found = values(args[1:])
+    mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes[mounted[found["keys"]]]["secret"]["secretName"] == "islands"
+    bash, option, probe = container["readinessProbe"]["exec"]["command"]
+    assert found["step_log"] in probe
+    here = probe.replace(found["step_log"], str(tmp_path / "steps"))
+    assert subprocess.run([bash, option, here], capture_output=True).returncode == 1
+    (tmp_path / "steps").write_text("a step\n")
+    assert subprocess.run([bash, option, here], capture_output=True).returncode == 0
+    os.utime(tmp_path / "steps", (0, 0))
+    assert subprocess.run([bash, option, here], capture_output=True).returncode == 1
+
+
+@pytest.fixture
+def spot(tmp_path):
+    """Start spot.sh, whose island's starts do one after the other what `todo` says: end with a code, or wait."""
+
+    def start(*todo):
+        script = tmp_path / "python"
+        script.write_text(
+            f"#!/bin/bash\ncd {tmp_path}\nset -- {' '.join(map(str, todo))}\nshift $(ls | grep -c ^start)\n"
+            "trap 'exit 75' TERM\n: > start-$$\n"
+            '[ "$1" = KILL ] && kill -KILL $$\n[ "$1" = wait ] || exit "$1"\n'
+            "for _ in $(seq 1000); do sleep 0.05; done\n"
+        )
+        script.chmod(0o755)
+        env = {"PATH": "/usr/bin:/bin", "PYTHON": str(script), "REPO": str(ROOT), "PAUSE": "0.1", "ROSTER": "r"}
+        return subprocess.Popen(["bash", ISLAND_SHELL[1]], env=env | {"KEYS": "k", "NAME": "a", "ADDRESS": "b:1"})
+
+    start.number = lambda: len(list(tmp_path.glob("start-*")))
+    return start
+
+
+@pytest.mark.parametrize(
+    ("todo", "code", "starts"), [([0], 0, 1), ([1], 1, 1), (["KILL", 75, 0], 0, 3), ([139, 2], 2, 2)]
+)
+def test_a_spot_machine_starts_its_island_again_if_it_was_killed(todo, code, starts, spot):
+    assert spot(*todo).wait(timeout=60) == code
+    assert spot.number() == starts
+
+
+def test_a_spot_machines_notice_ends_its_island_and_nothing_is_started_again(spot):
+    process = spot("KILL", "wait")
+    deadline = time.monotonic() + 30
+    while spot.number() < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)  # the stand-in has its trap
+    process.terminate()
+    assert process.wait(timeout=60) == 75
+    assert spot.number() == 2
 
 
 # Flags of the compilers

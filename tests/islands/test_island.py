@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from crossover_jax import by_size
-from crossover_jax.islands import Island, LongAway, NoState, Superseded, directory, gather_mean, look, static
+from crossover_jax.islands import Island, LinkError, LongAway, NoState, Superseded, directory, gather_mean, look, static
 
 N = 3
 
@@ -120,6 +120,25 @@ def test_who_finds_neither_peer_nor_checkpoint_is_refused_once_the_run_has_begun
             begin(name, patience=0.5).join(state(1))
     restored = begin("a").join(state(7), clock={"a@1": 64.0})
     assert int(restored["step"]) == 7
+
+
+def test_who_has_a_donor_waits_for_its_state_longer_than_patience(begin, monkeypatch):
+    first = begin("a", patience=20.0)
+    own = first.join(state(1))
+    second, tries = begin("b", patience=0.5), []
+    fetch = second._node.fetch
+
+    async def fails_at_first(*args):
+        tries.append(time.monotonic())
+        if tries[-1] - tries[0] < 1.5:  # as while the donor compiles, and its threads get no turn
+            raise LinkError("nothing moved for the time-out")
+        return await fetch(*args)
+
+    monkeypatch.setattr(second._node, "fetch", fails_at_first)
+    with ticking([first], [own["params"]], [own]):
+        second.join(state(2))
+    assert "a, at its step" in second.status()["origin"]
+    assert len(tries) > 1
 
 
 def test_the_founder_may_begin_again_while_nothing_is_delivered(begin):

@@ -98,3 +98,30 @@ def test_exchanges_of_publications_of_any_age_converge_and_without_that_rule_the
         assert x.std() > 1e6
     else:
         assert x.std() < 1e-3 * before
+
+
+def test_a_publication_goes_through_so_many_rounds_each_of_what_the_last_one_made():
+    ledger = Ledger(1, rounds=2, mixed=lambda k, mine, theirs: ((mine[0] + theirs[0]) / 2,))
+    ledger.publish(publication(1, 1.0))
+    ledger.reserve(0, "a")
+    ledger.commit("a", (np.array([5.0]),))
+    assert ledger.reserve(0, "b").segments[0][0] == 3.0
+    ledger.commit("b", (np.array([7.0]),))
+    assert not ledger.is_offered(0)  # two rounds
+    differences = [(arrival.theirs[0] - arrival.mine[0]).item() / 2 for arrival in ledger.take(2)]
+    assert differences == [2.0, 2.0]
+    ledger.publish(publication(2, 5.0))
+    assert ledger.is_offered(0)
+
+
+def test_rounds_end_with_their_publication():
+    ledger = Ledger(1, rounds=3, mixed=lambda k, mine, theirs: ((mine[0] + theirs[0]) / 2,))
+    ledger.publish(publication(1, 1.0))
+    ledger.reserve(0, "a")
+    ledger.publish(publication(2, 10.0))  # packed before the difference was added
+    ledger.commit("a", (np.array([5.0]),))
+    assert not ledger.is_offered(0)
+    ledger.take(3)
+    assert not ledger.is_offered(0)
+    ledger.publish(publication(3, 12.0))
+    assert ledger.is_offered(0)

@@ -149,3 +149,25 @@ def test_parameters_may_be_donated_after_they_were_packed():
 def test_nothing_that_travels_is_refused():
     with pytest.raises(ValueError, match="nothing would travel"):
         Payload({"count": jnp.int32(0)}, whole(), None)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_what_is_offered_next_is_what_both_will_be(wire):
+    x, y = ({"w": tree(seed)["a"]["kernel"]} for seed in (1, 2))
+    payload = Payload(x, by_size(2, align=16), wire)
+    mine, theirs = on_host(payload.pack(x)), on_host(payload.pack(y))
+    quantized = lambda segment, k: np.asarray(
+        Wire(wire).decode(jnp.asarray(segment[0]), payload._says[0][k]), np.float64
+    )
+    for k in range(2):
+        mixed = payload.mixed(k, mine[k], theirs[k])
+        assert [bits.dtype for bits in mixed] == [bits.dtype for bits in mine[k]]
+        expected = (quantized(mine[k], k) + quantized(theirs[k], k)) / 2
+        step = {None: 2**-22, "bfloat16": 2**-7, "float16": 2**-9, "int8": 1 / 100, "int4": 1 / 5}[wire] * 4
+        assert np.abs(quantized(mixed, k) - expected).max() < step
+    once = Arrival(0, mine[0], theirs[0])
+    again = Arrival(0, payload.mixed(0, mine[0], theirs[0]), theirs[0])
+    both, _ = payload.add(x, [once, again])
+    first, _ = payload.add(x, [once])
+    second, _ = payload.add(first, [again])
+    np.testing.assert_array_equal(both["w"], second["w"])
