@@ -370,7 +370,7 @@ def test_a_changed_number_is_named(undisturbed, restored, tmp_path, capsys):
     workdir = stopped_at(STEPS, undisturbed[0], tmp_path / "run")
     change_a_value(workdir / "checkpoints/6")
     restored(workdir)
-    leaf = "params/fc/kernel is not as it was saved (1 of 10 leaves, of 1 of 8 workers)"
+    leaf = "params/fc/kernel is not as it was saved (1 of 11 leaves, of 1 of 8 workers)"
     assert leaf in capsys.readouterr().out
 
 

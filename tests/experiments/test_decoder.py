@@ -278,7 +278,8 @@ def test_an_unknown_optimizer_is_refused():
     config = small.get_config()
     config.optimizer = "adam"
     with pytest.raises(
-        ValueError, match=r"`config\.optimizer` must be one of sgd, lars, adamw, gossip_adamw, got 'adam', did you mean"
+        ValueError,
+        match=r"`config\.optimizer` must be one of sgd, lars, adamw, gossip_adamw, muon, got 'adam', did you mean",
     ):
         check_settings(config)
 

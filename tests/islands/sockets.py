@@ -18,7 +18,11 @@ SEGMENTS, SIZE = 8, 16
 
 def layout(model="model", fingerprint="same"):
     return Layout(
-        model, fingerprint, [[(np.dtype(np.float64), SIZE)]] * SEGMENTS, lambda k, bits: float(np.abs(bits[0]).max())
+        model,
+        fingerprint,
+        [[(np.dtype(np.float64), SIZE)]] * SEGMENTS,
+        lambda k, mine, theirs: (mine[0] + (theirs[0] - mine[0]) / 2,),
+        lambda k, bits: float(np.abs(bits[0]).max()),
     )
 
 

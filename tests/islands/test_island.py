@@ -63,7 +63,7 @@ def test_islands_agree_on_the_mean_that_they_began_with(begin, tmp_path):
 
     until(agree)
     for island in islands:
-        until(lambda island=island: not island._node.ledger._taken or walk(islands, values, states))
+        until(lambda island=island: not island._node.ledger._busy or walk(islands, values, states))
     np.testing.assert_allclose(np.mean([v["w"] for v in values], axis=0), mean, atol=1e-5)
     status = islands[0].status()
     assert status["errors"] == {}
