@@ -15,12 +15,12 @@ KILLED, STOPPED, SLOW, LATE, OLD, EMPTY, ALL_BUT_ONE, DOWN, HALF, LOSS, PARTITIO
     "stopped",
     "slow",
     "late",  # an island that was not there before
-    "old",  # killed, and back with an old checkpoint
+    "old state",  # killed, and back with an old checkpoint
     "empty",  # killed, and back without one
     "all but one",  # are killed
     "link down",
-    "half",  # the bandwidth
-    "loss",  # of packets
+    "half bandwidth",
+    "packet loss",
     "partition",
 )
 OF_LINKS = (DOWN, HALF, LOSS, PARTITION)

@@ -16,6 +16,11 @@ from experiments.launch import local
 from experiments.workdir import METRICS
 
 LOOK = 0.02  # seconds between two looks at who lives
+BEGIN_S = 900.0  # seconds that islands have to begin: a busy machine may need minutes to start them
+
+
+class NotBegun(RuntimeError):
+    """An island has ended before it did what was waited for, or takes too long."""
 
 
 class Life(NamedTuple):
@@ -101,6 +106,16 @@ class Fleet:
             return next(
                 p for p, life in zip(reversed(self._processes), reversed(self.lives), strict=True) if life.name == name
             )
+
+    def wait_until(self, condition: Callable[[], bool], names: Sequence[str]) -> None:
+        """Wait for what these islands do at their beginning. Raises `NotBegun`."""
+        until = time.monotonic() + BEGIN_S
+        while not condition():
+            ended = [name for name in names if name not in self.alive()]
+            if ended or time.monotonic() > until:
+                who = f"island {ended[0]}" if ended else "an island"
+                raise NotBegun(f"{who} has not begun: see {self.folder / 'logs'}.")
+            time.sleep(0.2)
 
     # Hits
 

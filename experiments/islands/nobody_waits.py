@@ -22,7 +22,7 @@ FOUNDER, OTHER, SLOW, KILLED, STOPPED, LATE = "abcdef"  # nothing happens to the
 AT_START = (FOUNDER, OTHER, SLOW, KILLED, STOPPED)
 WHEN = {KILLED: 0.2, STOPPED: 0.45, LATE: 0.7}  # parts of the time that is measured
 SPMD_STEPS = 300
-START_S = 900.0  # seconds that all have to begin
+NEVER = 10**9  # steps, or epochs
 EACH = 64  # examples of an island's or a worker's step
 WITHOUT, WITH = "without exchange", "with exchange"
 
@@ -55,7 +55,7 @@ def run_islands(folder: pathlib.Path, flags: Sequence[str], pace_ms: float, step
         "--timeout=3",
         f"--config.steps={20 * steps}",  # the clock must not end before the measurement
         "--config.log_every=100",
-        "--config.checkpoint.every=None",  # who was killed comes back with a peer's state
+        f"--config.checkpoint.every={NEVER}",  # who was killed comes back with a peer's state
     ]
     config, *more = flags
     fleet = Fleet(folder, [config, *own, *more], environment(folder.parent), islands=len(AT_START))
@@ -111,7 +111,7 @@ def run_spmd(folder: pathlib.Path, flags: Sequence[str], pace_ms: float) -> floa
         *(f"--pace_ms={pace_ms}", f"--slow_ms={faults.TIMES_SLOWER * pace_ms}"),
         *("--", f"--processes={count}", "--devices-per-process=1"),
         *("--", config, f"--workdir={folder}", f"--config.num_workers={count}", f"--config.steps={SPMD_STEPS}"),
-        *("--config.log_every=20", "--config.eval_every=1e9", "--config.checkpoint.every=None", *more),
+        *("--config.log_every=20", f"--config.eval_every={NEVER}", f"--config.checkpoint.every={NEVER}", *more),
     ]
     with open(folder.with_suffix(".log"), "w") as log:
         code = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT)
@@ -165,12 +165,8 @@ def report(folder: pathlib.Path, runs: Mapping[str, Measured], spmd: float) -> i
 
 
 def wait_for_steps(fleet: Fleet, wanted: Mapping[str, int]) -> None:
-    """Until each of some islands has made so many. Ends this process with one line if one does not."""
-    until = time.monotonic() + START_S
-    while any(len(track(fleet, name).ends) < count for name, count in wanted.items()):
-        if time.monotonic() > until:
-            sys.exit(f"error: not all of {', '.join(wanted)} have begun, see {fleet.folder / 'logs'}")
-        time.sleep(0.2)
+    """Until each of some islands has made so many. Raises `NotBegun`."""
+    fleet.wait_until(lambda: all(len(track(fleet, name).ends) >= n for name, n in wanted.items()), list(wanted))
 
 
 def sleep_until(at: float) -> None:

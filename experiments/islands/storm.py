@@ -42,7 +42,7 @@ from crossover_jax.text import as_table
 from experiments import csv_rows, data, flags, processes
 from experiments.islands import faults, links, nobody_waits
 from experiments.islands.faults import Event, Hitter, Planned
-from experiments.islands.fleet import Fleet, Life, environment
+from experiments.islands.fleet import Fleet, Life, NotBegun, environment
 from experiments.islands.measures import machine, participation, returns, row_of, track
 from experiments.islands.picture import draw
 from experiments.islands.program import IslandProgram, make_island_program
@@ -56,7 +56,6 @@ PERCEPTRON = (
     "--config.schedule.learning_rate=0.05",
     "--config.dataset.eval_split=test[:2000]",
 )
-READY_S = 900.0  # seconds that all islands have to exchange for the first time
 SHOWN = (
     *("event", "fault", "window", "victims", "step_p50_ms", "step_p95_ms", "step_p99_ms", "calm_p50_ms"),
     *("calm_p95_ms", "calm_p99_ms", "next_exchange_s", "back_to_step_s", "back_to_exchange_s", "participation"),
@@ -75,11 +74,14 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, through every `finally`
     try:
         args.folder.mkdir(parents=True)
+    except FileExistsError:
+        sys.exit(f"error: `--workdir` must be a new folder, got {args.folder}, which is there.")
+    try:
         if args.nobody_waits:
             return nobody_waits.measure(args.folder, config_flags(args), args.pace_ms or 60.0, args.steps)
         return storm(args)
-    except FileExistsError:
-        sys.exit(f"error: `--workdir` must be a new folder, got {args.folder}, which is there.")
+    except NotBegun as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -161,7 +163,8 @@ def storm(args: argparse.Namespace) -> int:
         for name in first:
             fleet.start(name)
         with watching(str(fleet.folder / "roster"), made, args.folder / "views.jsonl") as watcher:
-            ready = wait_until_ready(fleet, first)
+            fleet.wait_until(lambda: all(len(track(fleet, name).exchanges) for name in first), first)
+            ready = time.time()
             print(f"all {len(first)} islands exchange after {ready - fleet.lives[0].began:.1f} s", flush=True)
             events = happen(args, fleet, Hitter(fleet, lab, names[args.islands :], pace_ms, args.seed))
         watcher.look()
@@ -179,19 +182,6 @@ def program(island_flags: Sequence[str]) -> IslandProgram:
     finally:
         sys.argv = before
     return make_island_program(flags.CONFIG.value)
-
-
-def wait_until_ready(fleet: Fleet, names: Sequence[str]) -> float:
-    """When all islands had exchanged for the first time. Ends this process with one line if they do not."""
-    until = time.monotonic() + READY_S
-    while True:
-        if all(len(track(fleet, name).exchanges) for name in names):
-            return time.time()
-        missing = [name for name in names if name not in fleet.alive()]
-        if missing or time.monotonic() > until:
-            who = missing[0] if missing else "an island"
-            sys.exit(f"error: {who} did not begin, see {fleet.folder / 'logs'}")
-        time.sleep(0.2)
 
 
 def happen(args: argparse.Namespace, fleet: Fleet, hitter: Hitter) -> list[Event]:
