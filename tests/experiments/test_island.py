@@ -41,9 +41,11 @@ def rows(workdir):
 
 
 def test_two_islands_train_until_the_clock_is_at_its_end_and_the_mean_is_exported(config, tmp_path):
+    without = config.copy_and_resolve_references()  # orbax cannot save twice at once in one process
+    without.checkpoint.every = None
     threads = [
-        threading.Thread(target=train, args=(config, tmp_path / name, settings(tmp_path, name, pace=0.05)))
-        for name in "ab"
+        threading.Thread(target=train, args=(own, tmp_path / name, settings(tmp_path, name, pace=0.05)))
+        for name, own in (("a", config), ("b", without))
     ]
     for thread in threads:
         thread.start()
