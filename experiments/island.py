@@ -125,7 +125,9 @@ class _Run:
         every = config.checkpoint.every
         saves = Checkpoints(self.workdir, config.checkpoint.keep) if every else None
         with processes.Preemption() as preemption, contextlib.closing(saves) if saves else contextlib.nullcontext():
-            while island.clock < made.total and not preemption.reached(self.own_step):
+            # The clock runs on while a row is written: whether this step was the last is asked once.
+            is_last = island.clock >= made.total
+            while not is_last and not preemption.reached(self.own_step):
                 state = self.step(state, next(batches))
                 is_last = island.clock >= made.total
                 if is_last or self.own_step % config.log_every == 0:
@@ -133,10 +135,11 @@ class _Run:
                 if saves and self.own_step % every == 0:
                     self.save(saves, state)
             if saves:
+                saves.wait()
                 if saves.last != self.own_step:
                     self.save(saves, state)
-                saves.wait()
-        if island.clock < made.total:
+                    saves.wait()
+        if not is_last:
             raise Preempted(f"{island.life} ended at its step {self.own_step} by SIGTERM: the same command goes on.")
         return state
 

@@ -40,7 +40,16 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_islands_train_until_the_clock_is_at_its_end_and_the_mean_is_exported(config, tmp_path):
+def test_two_islands_train_until_the_clock_is_at_its_end_and_the_mean_is_exported(config, tmp_path, monkeypatch):
+    both, step = threading.Barrier(2), island._Run.step
+
+    def step_when_both_have_compiled(run, state, batch):
+        state = step(run, state, batch)
+        if run.own_step == 1:
+            both.wait(60)
+        return state
+
+    monkeypatch.setattr(island._Run, "step", step_when_both_have_compiled)
     without = config.copy_and_resolve_references()  # orbax cannot save twice at once in one process
     without.checkpoint.every = None
     threads = [
@@ -61,6 +70,7 @@ def test_two_islands_train_until_the_clock_is_at_its_end_and_the_mean_is_exporte
     assert sum(found[name][-1]["step"] for name in "ab") == pytest.approx(60, abs=2)
 
     # As an island goes on behind a restart: from its own checkpoint, where nobody is there.
+    monkeypatch.undo()
     longer = config.copy_and_resolve_references()
     with longer.unlocked():
         longer.steps = 40
@@ -71,6 +81,20 @@ def test_two_islands_train_until_the_clock_is_at_its_end_and_the_mean_is_exporte
 
     figures = export.export(tmp_path / "a", tmp_path / "model")
     assert figures.loss == pytest.approx(behind[-1]["eval/mean/loss"], rel=1e-4)
+
+
+def test_a_run_whose_clock_comes_to_its_end_between_two_steps_is_evaluated_nevertheless(config, tmp_path, monkeypatch):
+    late, row, clock = [], island._Run.row, islands.Island.clock.fget
+
+    def row_while_others_deliver(run, more):
+        row(run, more)
+        late.append(1000)
+
+    monkeypatch.setattr(island._Run, "row", row_while_others_deliver)
+    monkeypatch.setattr(islands.Island, "clock", property(lambda self: clock(self) + sum(late)))
+    config.checkpoint.every = None
+    train(config, tmp_path / "a", settings(tmp_path, "a"))
+    assert [("bits_per_byte" in found, found["step"]) for found in rows(tmp_path / "a")] == [(False, 10), (True, 11)]
 
 
 def test_the_mean_of_all_islands_is_exported_as_a_runs(config, tmp_path):
