@@ -11,6 +11,7 @@ import optax
 from jax import lax
 
 import crossover_jax as cj
+from experiments.others import scale_by_oracle_adam
 
 PyTree = Any
 ScalarOrSchedule = float | jax.Array | optax.Schedule
@@ -124,6 +125,15 @@ def _gossip_adamw(rate, scheduled, num_workers, **own):
     return cj.gossip_adamw(rate, num_workers, mask=matrices, **own)
 
 
+def _oracle_adamw(rate, scheduled, num_workers, *, b1, b2, weight_decay):
+    del scheduled, num_workers
+    return optax.chain(
+        scale_by_oracle_adam(b1, b2),
+        optax.add_decayed_weights(weight_decay, mask=matrices),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
 def _muon(rate, scheduled, num_workers, *, beta, b2, weight_decay):
     del scheduled, num_workers
     # As long as AdamW's steps, arXiv:2502.16982, for which there is one learning rate. Decay is of `matrices`, and
@@ -141,6 +151,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lars": _lars,
     "adamw": _adamw,
     "gossip_adamw": _gossip_adamw,
+    "oracle_adamw": _oracle_adamw,
     "muon": _muon,
 }
 DECAYS = ("cosine", "polynomial")

@@ -74,7 +74,7 @@ def add_schedule(config: ml_collections.ConfigDict) -> None:
 
 def add_optimizers(config: ml_collections.ConfigDict) -> None:
     """Weight decay is of matrices and filters only."""
-    config.optimizer = "sgd"  # or "lars", "adamw", "gossip_adamw", "muon"
+    config.optimizer = "sgd"  # or "lars", "adamw", "gossip_adamw", "oracle_adamw", "muon"
     config.clip_norm = placeholder(float)  # the longest gradient, a worker's own or "allreduce"'s average; None: any
 
     config.sgd = ml_collections.ConfigDict()
@@ -99,6 +99,11 @@ def add_optimizers(config: ml_collections.ConfigDict) -> None:
     config.gossip_adamw.b1 = 0.9
     config.gossip_adamw.b2 = 0.99
     config.gossip_adamw.weight_decay = 5e-4
+
+    config.oracle_adamw = ml_collections.ConfigDict()  # the second moment by an all-reduce: to compare with only
+    config.oracle_adamw.b1 = 0.9
+    config.oracle_adamw.b2 = 0.99
+    config.oracle_adamw.weight_decay = 5e-4
 
     config.muon = ml_collections.ConfigDict()  # of the layers of a decoder; all else by AdamW with Nesterov's momentum
     config.muon.beta = 0.95

@@ -145,6 +145,27 @@ def test_bytes_per_step_are_those_of_the_equations(algorithm, own, models):
     assert sent == pytest.approx(models * 4 * 151_872, rel=2e-3)
 
 
+# ---- The oracle of gossip_adamw ----
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_oracle_divides_by_the_second_moment_of_the_average_gradient(place):
+    steps, rate, b1, b2 = 5, 0.1, 0.8, 0.9
+    with jax.enable_x64(True):
+        optimizer = optax.chain(others.scale_by_oracle_adam(b1, b2, eps=0.0), optax.scale(-rate))
+        seen, _ = run(cj.mix_after(optimizer, cj.gossip(LATIN, CUT, TABLE)), place, steps)
+    x = first()
+    m = v = over(np.zeros_like, x)
+    for t in range(steps):
+        g = everywhere(100 + t)
+        m = over(lambda m, g: b1 * m + (1 - b1) * g, m, g)
+        v = over(lambda v, g: b2 * v + (1 - b2) * g.mean(0) ** 2, v, g)
+        m_scale, v_scale = 1 - b1 ** (t + 1), 1 - b2 ** (t + 1)
+        x = over(lambda x, m, v: x - rate * (m / m_scale) / np.sqrt(v / v_scale), x, m, v)
+        x = mixed_by_matrices(x, t, LATIN, CUT, TABLE)
+        assert_alike(seen[t], x)
+
+
 # ---- Muon ----
 
 
