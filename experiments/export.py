@@ -78,13 +78,14 @@ def export(
     data_dir: str | None = None,
     roster: str | None = None,
     keys: str | None = None,
+    plain_text: bool = False,
 ) -> Figures:
     """Write to the folder `out`, new or empty, a model of the run in `workdir`: all of it, or nothing.
 
     `step` is a number, "best" or "last", which goes back to the newest whole checkpoint; `workers` is "mean" or the
     number of one. With the `roster` of islands that train now `workdir` is that of one of them, and the model the mean
-    of all; `keys` is the folder of their keys, None for plain text. Raises `ValueError` for what cannot be had,
-    `Damaged`, `data.DataMissing` and `islands.LinkError`.
+    of all; then `keys` is the folder of their keys, or `plain_text` says that there are none. Raises `ValueError` for
+    what cannot be had, `Damaged`, `data.DataMissing` and `islands.LinkError`.
     """
     workdir, out = local_path("WORKDIR", workdir), local_path("OUT", out).resolve()
     if batch_norm not in BATCH_NORM:
@@ -93,6 +94,11 @@ def export(
         raise ValueError(f"`--examples` must be at least 1, got {examples}.")
     if workers != "mean" and not workers.isdecimal():
         raise ValueError(f"`--workers` must be 'mean' or the number of a worker, got {workers!r}.")
+    if (roster is not None) != bool(keys) + plain_text:
+        raise ValueError(
+            "`--roster` must come with one of `--keys` and `--plain_text`, and they with it: what travels between "
+            "islands is encrypted, or said not to be."
+        )
     check_vacant(out)
     restored = restore(workdir, step, data_dir)
     num_workers = restored.record["num_workers"]
@@ -315,7 +321,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=8192, help="of the training set, to recalibrate; default: 8192")
     parser.add_argument("--data_dir", help="where the data lie; default: where they did")
     parser.add_argument("--roster", help="of islands that train now: the mean of all, WORKDIR being that of one")
-    parser.add_argument("--keys", metavar="DIR", help="with --roster: of `islands keys`; default: plain text")
+    parser.add_argument("--keys", metavar="DIR", help="with --roster: of `islands keys`")
+    parser.add_argument("--plain_text", action="store_true", help="with --roster: the run is without TLS")
     return parser.parse_args(argv)
 
 

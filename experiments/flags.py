@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from experiments import processes
 from experiments.configs import default
 from experiments.resume import MATRICES
 from experiments.settings import flat_settings
@@ -43,6 +44,18 @@ INITIALIZATION_TIMEOUT = flags.DEFINE_integer("initialization_timeout", 300, "Se
 HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout", 100, "Seconds without a sign of life after which a process is dead, and all others end."
 )
+
+
+def join_processes() -> None:
+    """`processes.join` as the flags say."""
+    processes.join(
+        COORDINATOR.value,
+        NUM_PROCESSES.value,
+        PROCESS_ID.value,
+        distributed=DISTRIBUTED.value,
+        initialization_timeout=INITIALIZATION_TIMEOUT.value,
+        heartbeat_timeout=HEARTBEAT_TIMEOUT.value,
+    )
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

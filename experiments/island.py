@@ -16,6 +16,7 @@ import json
 import pathlib
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ from experiments import checkpoint, data, flags, processes
 from experiments.checkpoint import Checkpoints, Damaged, NotSaved
 from experiments.islands.program import IslandProgram, make_island_program
 from experiments.program import place_workers
-from experiments.settings import versions
+from experiments.resume import read
+from experiments.settings import run_identity, versions
 from experiments.step import Diverged, TrainState, fetch
 from experiments.workdir import METRICS, append, locked, open_workdir
 
@@ -47,6 +49,12 @@ PATIENCE = absl_flags.DEFINE_float("patience", 60.0, "Seconds after which who is
 TIMEOUT = absl_flags.DEFINE_float("timeout", 10.0, "Seconds without progress after which a link has failed.")
 PACE_MS = absl_flags.DEFINE_float("pace_ms", 0.0, "A step takes at least so long: stands for an accelerator's.")
 STEP_LOG = absl_flags.DEFINE_string("step_log", None, "A file for a line of each step: time, clock, seconds, loss.")
+
+
+MISTAKES = (
+    *(ValueError, data.DataMissing, Diverged, NotSaved, processes.Disagreement),
+    *(islands.NoState, islands.Superseded),
+)
 
 
 class Preempted(Exception):
@@ -78,12 +86,15 @@ def train(
     `Preempted` after SIGTERM.
     """
     with contextlib.ExitStack() as stack:
-        workdir = open_workdir(workdir)
-        stack.enter_context(locked(workdir))
-        alone = config.copy_and_resolve_references()
-        with alone.unlocked():
-            alone.num_workers, alone.batch_size = 1, config.batch_size // config.num_workers
-        made = make_island_program(config, place_workers(alone, devices or jax.devices()))
+        with processes.agreement() as fields:
+            fields |= {**run_identity(config), "--name": settings.name}
+            workdir = open_workdir(workdir)
+            if processes.is_first():
+                stack.enter_context(locked(workdir))
+            alone = config.copy_and_resolve_references()
+            with alone.unlocked():
+                alone.num_workers, alone.batch_size = 1, config.batch_size // config.num_workers
+            made = make_island_program(config, place_workers(alone, devices or jax.devices()))
         state, record = restored(workdir, made)
         island = islands.Island(
             settings.roster,
@@ -160,8 +171,8 @@ class _Run:
             return island.join(state, island.counts)  # should it be alone, its own state is what there is
         ended = time.perf_counter()
         self.seconds.append((ended - began, ended - stepped))
-        if self.settings.step_log:
-            loss = float(np.mean(metrics["loss"]))
+        if self.settings.step_log and processes.is_first():
+            loss = float(np.mean(processes.fetch(metrics["loss"])))
             line = f"{time.time():.4f} {island.clock:.0f} {ended - began:.5f} {ended - stepped:.5f} {loss:.5f}\n"
             with open(self.settings.step_log, "a") as file:
                 file.write(line)
@@ -186,7 +197,8 @@ class _Run:
             "errors": status["errors"],
             **more,
         }
-        append(self.workdir / METRICS, json.dumps(row) + "\n")
+        if processes.is_first():
+            append(self.workdir / METRICS, json.dumps(row) + "\n")
         self.unread, self.seconds = [], []
 
     def save(self, saves: Checkpoints, state: TrainState) -> None:
@@ -208,16 +220,16 @@ def restored(workdir: pathlib.Path, made: IslandProgram) -> tuple[TrainState, di
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
 
     def attempt(step: int) -> tuple[TrainState, dict[str, Any]]:
-        record = checkpoint.read_record(workdir, step)
-        state = checkpoint.restore(workdir, record, like)
-        checkpoint.verify(record, state)
+        record, state = read(workdir, step, lambda record: like)
         return state, record
 
     def tell(step: int, error: Damaged) -> None:
         processes.say(f"WARNING: the checkpoint of step {step} is damaged: {error}")
 
     found, damaged = checkpoint.newest_whole(workdir, attempt, tell)
-    checkpoint.set_aside(workdir, damaged)
+    if damaged and processes.is_first():
+        checkpoint.set_aside(workdir, damaged)
+    processes.failures(None)  # wait for it
     return found or (first, None)
 
 
@@ -255,13 +267,18 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
     try:
         settings = settings_of_flags()
+        flags.join_processes()
         train(flags.CONFIG.value, str(flags.WORKDIR.value), settings)
     except Preempted as error:
         processes.say(str(error))
         sys.exit(processes.PREEMPTED)
-    except (ValueError, data.DataMissing, Diverged, NotSaved, islands.NoState, islands.Superseded) as error:
+    except MISTAKES as error:
         logging.debug("", exc_info=True)
-        sys.exit(f"error: {error}")
+        processes.leave(f"error: {error}")
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        processes.leave(traceback.format_exc())
 
 
 if __name__ == "__main__":

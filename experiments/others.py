@@ -135,10 +135,11 @@ def scale_by_oracle_adam(b1: float, b2: float, eps: float = 1e-8, axis: str = "w
     def update(updates, state, params=None):
         del params
         mean = lax.pmean(updates, axis)
-        _, of_mean = adam.update(mean, state)
-        count, mu = of_mean.count, optax.tree.update_moment(updates, state.mu, b1, 1)
-        m_hat, v_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(of_mean.nu, b2, count)
+        own: Any = state  # optax leaves open what a state is
+        new: Any = adam.update(mean, own)[1]
+        count, mu = new.count, optax.tree.update_moment(updates, own.mu, b1, 1)
+        m_hat, v_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(new.nu, b2, count)
         steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), m_hat, v_hat)
-        return steps, of_mean._replace(mu=mu)
+        return steps, new._replace(mu=mu)
 
     return optax.GradientTransformation(adam.init, update)

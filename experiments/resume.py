@@ -58,7 +58,11 @@ def first_or_restored(
     now = as_json(config) | {"data": provenance["data"]}
 
     def attempt(step: int) -> tuple[dict[str, Any], TrainState]:
-        return _restored(workdir, step, now, resume, lambda record: _like(record, config, program, train_set, workers))
+        def like(record: dict[str, Any]) -> TrainState:
+            check_config(record["config"], now, resume)
+            return _like(record, config, program, train_set, workers)
+
+        return read(workdir, step, like)
 
     def tell(step: int, error: Damaged) -> None:
         processes.say(f"WARNING: the checkpoint of step {step} is damaged: {error}")
@@ -84,18 +88,16 @@ def first_or_restored(
     return Start(state, record["step"], record["rollbacks"], record["best"] and tuple(record["best"]), record["log"])
 
 
-def _restored(
-    workdir: pathlib.Path,
-    step: int,
-    now: dict[str, Any],
-    resume: Resume,
-    like: Callable[[dict[str, Any]], TrainState],
+def read(
+    workdir: pathlib.Path, step: int, like: Callable[[dict[str, Any]], TrainState]
 ) -> tuple[dict[str, Any], TrainState]:
-    """Record and state of one checkpoint. All processes raise `Damaged` if it is so for one of them."""
+    """Record and state of one checkpoint, the state where `like` of the record says.
+
+    All processes raise `Damaged` if it is so for one of them.
+    """
     record, state, error = {}, None, None
     try:
         record = checkpoint.read_record(workdir, step)
-        check_config(record["config"], now, resume)
         state = checkpoint.restore(workdir, record, like(record))
     except (Damaged, ValueError) as caught:
         error = caught

@@ -291,14 +291,7 @@ def main(argv: list[str]) -> None:
     if flags.WORKDIR.value is None:
         sys.exit("error: --workdir must name the folder for metrics, events and curves.")
     try:
-        processes.join(
-            flags.COORDINATOR.value,
-            flags.NUM_PROCESSES.value,
-            flags.PROCESS_ID.value,
-            distributed=flags.DISTRIBUTED.value,
-            initialization_timeout=flags.INITIALIZATION_TIMEOUT.value,
-            heartbeat_timeout=flags.HEARTBEAT_TIMEOUT.value,
-        )
+        flags.join_processes()
     except ValueError as error:
         sys.exit(f"error: {error}")
     try:

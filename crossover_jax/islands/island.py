@@ -3,28 +3,25 @@
 import asyncio
 import contextlib
 import math
-import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
 from crossover_jax.cuts import Cut
+from crossover_jax.islands.heads import hosts_in
+from crossover_jax.islands.hosts import Word
+from crossover_jax.islands.joining import NoState, first_state
 from crossover_jax.islands.ledger import Publication, Segment
 from crossover_jax.islands.node import PARAMS, STATE, Node
 from crossover_jax.islands.payload import Payload
 from crossover_jax.islands.roster import Roster, Superseded, check_name
-from crossover_jax.islands.state import copied, digest_of, on_host, state_from
+from crossover_jax.islands.state import copied, digest_of, longest_of, on_host, state_of
 from crossover_jax.islands.transport import Head, LinkError, Tcp, Tls, Transport
 from crossover_jax.leaves import PyTree
-
-
-class NoState(RuntimeError):
-    """There is nothing to begin with: no peer, no checkpoint, and the run has begun already."""
 
 
 class LongAway(RuntimeError):
@@ -44,6 +41,10 @@ class Island:
     Half of the difference of two islands is added on one side and taken away on the other, so the sum over islands is
     kept, whatever their speed: x_i ← x_i + ½ (Q(x_j) − Q(x_i)) and x_j ← x_j + ½ (Q(x_i) − Q(x_j)), of segments
     packed since the last such step. Nobody waits for anybody. Raises `ValueError` for a bad name, address or tree.
+
+    An island of several hosts, the processes of one `jax.distributed`, makes one on each of them, with the same name
+    and an address of its own, and calls the same methods at the same steps. Each exchanges its own rows of every
+    segment; the first host speaks for all. All islands must have as many hosts and devices.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Island:
         self.name, self.every, self.patience = name, every, patience
         self._roster, self._advertise = roster, advertise
         self._payload = Payload(like, cut, wire)
+        self._hosts = self._payload.hosts
         transport = transport or Tcp(bind, tls=tls, timeout=timeout)
         incarnation = self._first_incarnation()
         layout = self._payload.layout
@@ -82,6 +84,7 @@ class Island:
         self._differences = np.full(cut.num_segments, np.nan)  # squared norm of the last one of each segment
         self._failure: BaseException | None = None
         self._called_at: float | None = None
+        self._is_away, self._total = False, 0.0
         self._address = ""
         self._tasks: dict[asyncio.Task, None] = {}
         self._loop = self._start()
@@ -101,8 +104,8 @@ class Island:
 
     @property
     def clock(self) -> float:
-        """What all islands have delivered so far, in all their lives, as far as is known here."""
-        return self._node.clock.total
+        """What all islands have delivered so far, in all their lives, as far as is known here: alike on all hosts."""
+        return self._node.clock.total if self._hosts.count == 1 else self._total
 
     @property
     def counts(self) -> dict[str, float]:
@@ -125,7 +128,24 @@ class Island:
         state is used by one island only, the run's founder; who founds is settled by the roster, or said by `found`.
         Raises `NoState` where there is nothing to begin with, `ValueError` where a peer's state has other shapes.
         """
-        return self._wait_for(self._join(state, clock, found))
+        self._wait_for(self._open(clock or {}))
+        hosts, node = self._hosts, self._node
+        node.hosts = hosts.gather(self._address)
+        head, body = {}, b""
+        if hosts.is_first:
+            try:
+                body = self._wait_for(self._first_state(state, clock is not None, found))
+            except (NoState, ValueError) as error:
+                if hosts.count > 1:
+                    hosts.tell({"failed": str(error)})
+                raise
+            head = {"incarnation": node.incarnation, "total": node.clock.total, "body": len(body)}
+        head, body = hosts.tell(head, body, longest_of(state))
+        if "failed" in head:
+            raise NoState(f"the first host of this island: {head['failed']}")
+        node.incarnation, self._total = head["incarnation"], head["total"]
+        self._wait_for(self._begin())
+        return state_of(body, state) if head["body"] else state
 
     def exchange(self, params: PyTree, state: PyTree, *, delivered: float | int = 1) -> PyTree:
         """Add what has arrived to the parameters and offer them to others, without waiting for anybody.
@@ -141,17 +161,29 @@ class Island:
         node.steps += 1
         if node.steps % self.every:
             return params
+        self._hosts.in_order((params, state))
+        wants = bool(node.wanted[STATE]), bool(node.wanted[PARAMS])
+        word = self._hosts.agree(Word(node.clock.total, self._is_away, *wants))
+        self._total = word.total
+        if word.is_away:
+            self._is_away, self._called_at = False, None
+            raise LongAway(
+                f"island {self.name!r} was away for longer than `patience`, {self.patience:g} s: call `join` again and "
+                "go on from what it returns."
+            )
         self._look_at_differences()
         arrived = node.ledger.take(self._number + 1)
-        if arrived:
-            params, self._squares = self._payload.add(params, arrived)
-        if node.wanted[STATE]:
-            self._do(self._hand_over(STATE, {"digest": digest_of(state)}, copied(state)))
-        if node.wanted[PARAMS]:
+        if arrived or self._hosts.count > 1:
+            params, self._squares = self._payload.add(params, arrived, node.ledger.rounds)
+        if word.wants_state:
+            self._do(self._hand_over(STATE, {"digest": digest_of(state)}, self._hosts.replicated(copied(state))))
+        if word.wants_params:
             self._do(self._hand_over(PARAMS, {}, self._payload.copied(params)))
-        if not self._is_publishing:
-            self._is_publishing, self._number = True, self._number + 1
-            self._do(self._publish(self._number, self._payload.pack(params)))
+        if self._hosts.count > 1 or not self._is_publishing:
+            packed = self._payload.pack(params)
+            if not self._is_publishing:
+                self._is_publishing, self._number = True, self._number + 1
+                self._do(self._publish(self._number, packed))
         return params
 
     def _look_at_differences(self) -> None:
@@ -183,12 +215,7 @@ class Island:
             raise RuntimeError("`join` must be called before `exchange`: an island begins with the run's state.")
         now, before = self._loop.time(), self._called_at
         self._called_at = now
-        if now - before > self.patience:
-            self._called_at = None
-            raise LongAway(
-                f"island {self.name!r} was away for {now - before:.0f} s, longer than `patience`, {self.patience:g} s: "
-                "call `join` again and go on from what it returns."
-            )
+        self._is_away |= now - before > self.patience
 
     # In the background
 
@@ -222,7 +249,7 @@ class Island:
             self._is_publishing = False
 
     def _publication(self, number: int, packed: list[Segment]) -> Publication:
-        segments = on_host(packed)
+        segments = [tuple(map(self._hosts.own_rows, segment)) for segment in packed]
         return Publication(number, segments, self._payload.layout.scale(segments))
 
     async def _hand_over(self, what: str, head: Head, arrays: list[Array]) -> None:
@@ -233,70 +260,43 @@ class Island:
                 if not future.done():
                     future.set_result((head, found))
 
-    async def _join(self, state: PyTree, clock: Mapping[str, float] | None, found: bool | None) -> PyTree:
-        node, name = self._node, self.name
+    async def _open(self, clock: Mapping[str, float]) -> None:
+        """Be reachable, and have an incarnation of one's own."""
+        node = self._node
+        node.clock.merge(clock)
         if not self._address:
             self._address = self._advertise or await node.transport.serve(node.answer)
-            known = await self._blocking(self._roster.incarnation, name)
+            known = await self._blocking(self._roster.incarnation, self.name)
             node.incarnation = max(node.incarnation, known + 1)
-        node.clock.merge(clock or {})
-        state = await self._first_state(state, clock is not None, found)
+
+    async def _begin(self) -> None:
+        """Be one of the islands; what all hosts have in common is settled."""
+        node = self._node
         node.clock.add(self.life, 0.0)
-        self._called_at = math.inf  # the first step may take as long to compile as it likes
+        self._called_at, self._is_away = math.inf, False  # the first step may take as long to compile as it likes
         if not self._has_joined:
             self._has_joined = True
-            await self._blocking(self._roster.announce, name, self._address, node.incarnation)
+            await self._announce()
             self._do(node.gossip())
             self._do(self._beat())
-        return state
 
-    async def _first_state(self, state: PyTree, is_restored: bool, found: bool | None) -> PyTree:
-        """From a peer that has met others, the own checkpoint, a peer's checkpoint, or the seed: in this order."""
-        node, until = self._node, self._loop.time() + self.patience
-        longest = sum(x.size * x.dtype.itemsize for x in jax.eval_shape(copied, state))
-        while True:
-            await self._look_around()
-            said = await self._ask_all()
-            for is_donor in (True, False):
-                peers = [peer for peer, head in said.items() if bool(head.get("donor")) == is_donor]
-                for peer in random.Random(self.life).sample(peers, len(peers)):
-                    is_last_resort = not is_donor and not is_restored and self._loop.time() > until
-                    if is_donor or (is_last_resort and said[peer].get("origin") == CHECKPOINT):
-                        with contextlib.suppress(LinkError):
-                            head, body = await node.fetch(peer, STATE, longest)
-                            node.origin = f"{peer}, at its step {head.get('steps')}"
-                            return await self._blocking(state_from, head, body, state, peer)
-            if is_restored:
-                node.origin = CHECKPOINT
-                return state
-            founds = found if found is not None else await self._blocking(self._roster.may_found, self.name)
-            if founds:
-                node.is_founder, node.origin = True, "the run's seed"
-                return state
-            if any(head.get("donor") for head in said.values()):  # it is there, perhaps in its first compilation
-                until = self._loop.time() + self.patience
-            if self._loop.time() > until:
-                raise NoState(_NO_STATE.format(name=self.name, patience=self.patience, who=sorted(said) or "nobody"))
-            await asyncio.sleep(min(1.0, self.patience / 10))
+    async def _announce(self) -> None:
+        if self._hosts.is_first:
+            await self._blocking(self._roster.announce, self.name, self._address, self._node.incarnation)
+            if self._node.clock.total:
+                await self._blocking(self._roster.begun)
 
-    async def _ask_all(self) -> dict[str, Head]:
-        """What each of the others says of itself, if it says anything."""
-        found: dict[str, Head] = {}
+    async def _first_state(self, state: PyTree, is_restored: bool, found: bool | None) -> bytes | bytearray:
+        async def founds() -> bool:
+            return found if found is not None else await self._blocking(self._roster.may_found, self.name)
 
-        async def ask(peer: str) -> None:
-            with contextlib.suppress(LinkError):
-                found[peer] = await self._node.status(peer)
-
-        await asyncio.gather(*map(ask, list(self._node.members)))
-        return found
+        return await first_state(self._node, state, is_restored, self._look_around, founds)
 
     async def _beat(self) -> None:
         """Say again and again that this island is there, and look who else is."""
         while True:
             try:
-                await self._blocking(self._roster.announce, self.name, self._address, self._node.incarnation)
-                if self._node.clock.total:
-                    await self._blocking(self._roster.begun)
+                await self._announce()
                 await self._look_around()
             except OSError as error:  # the directory is away: go on with whom we know
                 self._node.errors["roster"] = f"{type(error).__name__}: {error}"
@@ -314,7 +314,18 @@ class Island:
                     name = known[0] if known else (await node.status(address, address))["from"]
             if name not in (self.name, address) and address != self._address:
                 found[name] = address
-        node.members = found
+        node.members = found if self._hosts.is_first else await self._hosts_of(found)
+
+    async def _hosts_of(self, firsts: Mapping[str, str]) -> dict[str, str]:
+        """Of each other island the address of the host that has this one's rows; the first one tells it."""
+        found: dict[str, str] = {}
+
+        async def ask(name: str, address: str) -> None:
+            with contextlib.suppress(LinkError, IndexError):
+                found[name] = hosts_in(await self._node.status(name, address))[self._hosts.index]
+
+        await asyncio.gather(*(ask(*first) for first in firsts.items()))
+        return found
 
     async def _status(self) -> Head:
         return self._node.hello() | self._node.describe()
@@ -326,13 +337,6 @@ class Island:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         with contextlib.suppress(OSError):
-            await self._blocking(self._roster.withdraw, self.name, self._node.incarnation)
+            if self._hosts.is_first:
+                await self._blocking(self._roster.withdraw, self.name, self._node.incarnation)
         await self._node.transport.close()
-
-
-CHECKPOINT = "a checkpoint"
-_NO_STATE = (
-    "island {name!r} found nothing to begin with in {patience:g} s: the run has been founded, no peer that has met "
-    "another is there (in the roster: {who}), and no checkpoint was given. Give `join` a checkpoint and its clock, "
-    "start the island that founded the run, or begin a new run in an empty roster."
-)

@@ -49,13 +49,12 @@ class Node:
     ):
         self.name, self.incarnation, self.layout, self.transport = name, incarnation, layout, transport
         self.patience, self.limit = patience, limit
-        self.ledger = Ledger(len(layout.segments), rounds, layout.mixed)
-        self.clock = Clock()
+        self.ledger, self.clock = Ledger(len(layout.segments), rounds, layout.mixed), Clock()
         self.members: dict[str, str] = {}  # addresses of the others, by name or, where that is unknown, by themselves
         self.incarnations: dict[str, int] = {}  # the newest that was heard of, by name
         self.over: Exception | None = None  # why this life must end
-        self.is_founder, self.origin = False, ""
-        self.steps, self.exchanged, self.due = 0, 0, 0
+        self.hosts: list[str] = []  # addresses of this island's hosts, the first one's first
+        self.is_founder, self.origin, self.steps, self.exchanged, self.due = False, "", 0, 0, 0
         self.distance = math.nan
         self.errors: dict[str, str] = {}  # the last of each link, until it works again
         self.counts: collections.Counter[str] = collections.Counter()
@@ -231,9 +230,9 @@ class Node:
         """Keep what went wrong with a link, and leave it alone for a while."""
         wait = self._not_before.get(peer, (0.0, 1.0))[1]
         self._not_before[peer] = asyncio.get_running_loop().time() + wait, min(2 * wait, 30.0)
-        self._keep_error(peer, str(error), "failed")
+        self.keep_error(peer, str(error), "failed")
 
-    def _keep_error(self, peer: str, why: str, count: str) -> None:
+    def keep_error(self, peer: str, why: str, count: str) -> None:
         """Show it, and log it if it is another one than the last; of peers that nobody knows there may be many."""
         self.counts[count] += 1
         if self.errors.pop(peer, None) != why:
@@ -249,7 +248,7 @@ class Node:
         head, _ = await conversation.receive()
         refused = refusal(head, conversation.peer, self.layout, self.incarnations)
         if refused:
-            self._keep_error(short(head.get("from")), f"it was refused: {refused['refused']}", "refused")
+            self.keep_error(short(head.get("from")), f"it was refused: {refused['refused']}", "refused")
             await conversation.send(self.hello() | refused)
             return
         self._hear(head)
@@ -278,7 +277,7 @@ class Node:
                 self.exchanged += 1
                 self.errors.pop(head["from"], None)
         except LinkError as error:
-            self._keep_error(head["from"], str(error), "failed")
+            self.keep_error(head["from"], str(error), "failed")
             raise
         finally:
             outcome = self.ledger.abort(id)  # does nothing once it has been committed
@@ -340,11 +339,12 @@ class Node:
             "origin": self.origin,
             "donor": self.is_donor(),
             "exchanged": self.exchanged,
-            "due": self.due,
+            "due": max(self.due, self.exchanged),  # by who came before it was known that anybody is there
             "distance": self.distance if math.isfinite(self.distance) else None,
             "errors": self.errors,
             "strangers": getattr(self.transport, "refused", {}),
             "counts": dict(self.counts),
             "members": sorted(self.members),
             "incarnations": self.incarnations,
+            "hosts": self.hosts,
         }

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 from crossover_jax.cuts import whole
+from crossover_jax.islands.heads import hosts_in
 from crossover_jax.islands.layout import Layout
 from crossover_jax.islands.node import PARAMS, Node
 from crossover_jax.islands.payload import Payload
@@ -35,10 +36,20 @@ async def _look(roster: Roster, tls: Tls | None, timeout: float) -> dict[str, He
     node = _observer(_NOTHING, tls, timeout)
     found: dict[str, Head] = {}
 
+    async def of_host(name: str, i: int, address: str) -> dict[str, str]:
+        try:
+            said = (await node.status(name, address)).get("errors")
+        except LinkError as error:
+            return {f"host {i}": str(error)}
+        return {f"{peer}, host {i}": why for peer, why in said.items()} if isinstance(said, dict) else {}
+
     async def ask(name: str, address: str) -> None:
         try:
             head = await node.status(name, address)
             found[head["from"]] = head
+            for i, other in enumerate(hosts_in(head)[1:16], 1):
+                said = head.get("errors")
+                head["errors"] = (said if isinstance(said, dict) else {}) | await of_host(head["from"], i, other)
         except LinkError as error:
             found[name] = {"error": str(error)}
 

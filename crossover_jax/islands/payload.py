@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from crossover_jax.cuts import Cut, Packing
+from crossover_jax.islands.hosts import Hosts
 from crossover_jax.islands.layout import Layout, Segment
 from crossover_jax.islands.ledger import Arrival
 from crossover_jax.leaves import PyTree, flatten, travels, widened
@@ -25,11 +27,13 @@ PROTOCOL = 1
 class Payload:
     """How one tree of parameters, cut and worded, travels between islands.
 
-    A segment is one vector of bits for each dtype of the leaves that travel. `pack` and `add` are compiled once. What
-    is sent is a copy, so the parameters may be donated to the next step.
+    A segment is one vector of bits for each dtype of the leaves that travel; of an island of several hosts one for
+    each row of `hosts`, and each host sends those of its own rows. `pack` and `add` are compiled once. What is sent is
+    a copy, so the parameters may be donated to the next step.
     """
 
     def __init__(self, like: PyTree, cut: Cut, wire: str | None):
+        self.hosts = hosts = Hosts(like)
         names, leaves, self._tree = flatten(like)
         self._moving = [i for i, leaf in enumerate(leaves) if travels(leaf)]
         if not self._moving:
@@ -39,28 +43,37 @@ class Payload:
         shapes = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
         self._leaves = [shapes[i] for i in self._moving]
         self._packings = cut.packings([names[i] for i in self._moving], self._leaves)
+        # Of each packing and segment, the whole vector, and one row of it.
+        self._wholes = [_shape_of(packing, self._leaves) for packing in self._packings]
         self._says: list[list[Any]] = [
-            _shape_of(packing, self._leaves) for packing in self._packings
-        ]  # of each packing and segment
+            [jax.ShapeDtypeStruct((-(-x.size // hosts.rows),), x.dtype) for x in wholes] for wholes in self._wholes
+        ]
         bits = jax.eval_shape(self._pack, self._leaves)
-        self._zeros = [tuple(np.zeros(x.shape, x.dtype) for x in segment) for segment in bits]
+        own = len(hosts.own)
+        self._zeros = [tuple(np.zeros(own * x.shape[-1], x.dtype) for x in segment) for segment in bits]
         model = digest([[name, list(x.shape), str(x.dtype)] for name, x in zip(names, shapes, strict=True)])
-        vectors = [[(np.dtype(x.dtype), x.size) for x in segment] for segment in bits]
+        vectors = [[(x.dtype, x.size) for x in segment] for segment in self._zeros]
         order = [[packing.leaves, packing.bounds, packing.split] for packing in self._packings]
-        self.layout = Layout(model, digest([PROTOCOL, model, wire, order]), vectors, self.mixed, self.largest)
+        said = [PROTOCOL, model, wire, order, *([hosts.rows, hosts.own] if hosts.count > 1 else [])]
+        self.layout = Layout(model, digest(said), vectors, self.mixed, self.largest)
         self.num_params = sum(x.size for x in self._leaves)
         self.num_bytes = sum(x.size * x.dtype.itemsize for x in self._leaves)
         self._mixes: dict[Any, Callable] = {}  # compiled, by what the wire speaks of
-        self._packed, self._added = jax.jit(self._pack), jax.jit(self._add)
+        self._packed = hosts.jit_rows(self._pack)
+        self._adds: dict[Any, Callable] = {}  # compiled, by where the leaves lie, for there they stay
 
     def pack(self, params: PyTree) -> list[Segment]:
         """What is sent of each segment, still on the devices."""
-        return self._packed(self._of(params))
+        return self.hosts.in_order(self._packed(self._of(params)))
 
-    def add(self, params: PyTree, arrived: Sequence[Arrival]) -> tuple[PyTree, Array]:
-        """The parameters with ½ (theirs − mine) added for all that came; ‖theirs − mine‖² of each segment's first."""
-        moved, first, left = self._of(params), None, list(arrived)
-        while left or first is None:
+    def add(self, params: PyTree, arrived: Sequence[Arrival], rounds: int = 1) -> tuple[PyTree, Array]:
+        """The parameters with ½ (theirs − mine) added for all that came; ‖theirs − mine‖² of each segment's first.
+
+        Of a segment there are at most `rounds`; several hosts add so many, whatever came, and so stay in step.
+        """
+        moved, squares, left = self._of(params), [], list(arrived)
+        added = self._add_at([getattr(leaf, "sharding", None) for leaf in moved])
+        while left or len(squares) < (1 if self.hosts.count == 1 else rounds):
             mine, theirs, later = list(self._zeros), list(self._zeros), []
             taken: set[int] = set()
             for arrival in left:  # of each segment one at a time: the program has room for one
@@ -69,13 +82,20 @@ class Payload:
                     continue
                 taken.add(arrival.segment)
                 mine[arrival.segment], theirs[arrival.segment] = arrival.mine, arrival.theirs
-            moved, squares = self._added(moved, mine, theirs)
-            first, left = squares if first is None else first, later
-        return self._with(params, moved), first
+            rows = [[tuple(map(self.hosts.with_rows, segment)) for segment in side] for side in (mine, theirs)]
+            moved, of_these = self.hosts.in_order(added(moved, *rows))
+            squares, left = [*squares, of_these], later
+        return self._with(params, moved), squares[0]
+
+    def _add_at(self, shardings: list[Any]) -> Callable:
+        places = tuple(sharding if isinstance(sharding, NamedSharding) else None for sharding in shardings)
+        if places not in self._adds:
+            self._adds[places] = jax.jit(self._add, out_shardings=(list(places), None))
+        return self._adds[places]
 
     def copied(self, params: PyTree) -> list[Array]:
         """Copies of the leaves that travel, on the devices."""
-        return [jnp.copy(leaf) for leaf in self._of(params)]
+        return self.hosts.replicated([jnp.copy(leaf) for leaf in self._of(params)])
 
     def mean(self, like: PyTree, bodies: Sequence[bytearray]) -> PyTree:
         """The mean of several islands' `copied` leaves, and what does not travel from `like`."""
@@ -94,7 +114,13 @@ class Payload:
 
     def mixed(self, k: int, mine: Segment, theirs: Segment) -> Segment:
         """What the wire says of mine + ½ (theirs − mine), on the host: what is offered to the next peer."""
-        return tuple(np.asarray(self._mix(a, b, says[k])) for a, b, says in zip(mine, theirs, self._says, strict=True))
+        return tuple(
+            np.concatenate([self._mix(*rows, says[k]) for rows in zip(self._rows(a), self._rows(b), strict=True)])
+            for a, b, says in zip(mine, theirs, self._says, strict=True)
+        )
+
+    def _rows(self, bits: np.ndarray) -> np.ndarray:
+        return bits.reshape(len(self.hosts.own), -1)
 
     def _mix(self, mine: np.ndarray, theirs: np.ndarray, said: Any) -> Any:
         if not self._wire.is_narrower(said):
@@ -111,7 +137,12 @@ class Payload:
 
     def largest(self, k: int, segment: Segment) -> float:
         """The largest magnitude of what the bits of segment `k` say; NaN or infinite if one of the numbers is."""
-        return max(self._largest(bits, says[k]) for bits, says in zip(segment, self._says, strict=True))
+        found = [
+            self._largest(row, says[k])
+            for bits, says in zip(segment, self._says, strict=True)
+            for row in self._rows(bits)
+        ]
+        return float(np.max(found))  # NaN if one is
 
     def _largest(self, bits: np.ndarray, said: Any) -> float:
         if bits.size == 0:
@@ -135,26 +166,37 @@ class Payload:
 
     def _pack(self, leaves: list[Array]) -> list[Segment]:
         found = []
-        for packing, says in zip(self._packings, self._says, strict=True):
+        for packing, wholes in zip(self._packings, self._wholes, strict=True):
             arrays = _arrays(packing, leaves)
-            for k, said in enumerate(says):
+            for k, whole in enumerate(wholes):
                 parts = [
                     lax.slice_in_dim(array, bounds[k], bounds[k + 1], axis=dimension).reshape(-1)
                     for array, (dimension, bounds) in zip(arrays, packing.pieces(), strict=True)
                 ]
-                found.append((k, self._wire.encode(_concatenated(parts, 0, said.dtype))))
-        return [tuple(bits for k, bits in found if k == segment) for segment in range(len(self._says[0]))]
+                found.append((k, self._encode(_concatenated(parts, 0, whole.dtype))))
+        return [tuple(bits for k, bits in found if k == segment) for segment in range(len(self._wholes[0]))]
+
+    def _encode(self, vector: Array) -> Array:
+        if self.hosts.rows == 1:
+            return self._wire.encode(vector)
+        rows = jnp.pad(vector, (0, -vector.size % self.hosts.rows)).reshape(self.hosts.rows, -1)
+        return jax.vmap(self._wire.encode)(rows) if rows.size else rows
+
+    def _decode(self, bits: Array, row: jax.ShapeDtypeStruct, whole: jax.ShapeDtypeStruct) -> Array:
+        if self.hosts.rows == 1:
+            return self._wire.decode(bits, whole)
+        return jax.vmap(lambda bits: self._wire.decode(bits, row))(bits).reshape(-1)[: whole.size]
 
     def _add(self, leaves: list[Array], mine: list[Segment], theirs: list[Segment]) -> tuple[list[Array], Array]:
         leaves, squares = list(leaves), jnp.zeros(len(mine))
-        for p, (packing, says) in enumerate(zip(self._packings, self._says, strict=True)):
+        for p, (packing, rows, wholes) in enumerate(zip(self._packings, self._says, self._wholes, strict=True)):
             differences = []
-            for k, said in enumerate(says):
-                wide = widened(said.dtype)
-                if not said.size:
+            for k, (row, whole) in enumerate(zip(rows, wholes, strict=True)):
+                wide = widened(whole.dtype)
+                if not whole.size:
                     differences.append(jnp.zeros(0, wide))
                     continue
-                a, b = (self._wire.decode(of[k][p], said).astype(wide) for of in (mine, theirs))
+                a, b = (self._decode(of[k][p], row, whole).astype(wide) for of in (mine, theirs))
                 differences.append((b - a) / 2)
                 squares = squares.at[k].add(jnp.sum(jnp.abs(b - a) ** 2).astype(jnp.float32))
             for i, difference in _leaves_of(packing, differences, leaves):

@@ -11,6 +11,7 @@ import numpy as np
 
 from crossover_jax.islands.island import Island
 from crossover_jax.islands.roster import Roster
+from crossover_jax.islands.state import state_of
 from crossover_jax.islands.transport import Conversation, Head, LinkError
 from crossover_jax.leaves import PyTree
 
@@ -203,7 +204,10 @@ class SimulatedIsland(Island):
 
     async def joined(self, state: PyTree, clock: Mapping[str, float] | None = None, *, found: bool | None = None):
         """As `Island.join`."""
-        return await self._join(state, clock, found)
+        await self._open(clock or {})
+        body = await self._first_state(state, clock is not None, found)
+        await self._begin()
+        return state_of(body, state) if body else state
 
     async def left(self) -> None:
         """As `Island.leave`."""

@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
     command = commands.add_parser("islands", help="show all islands of a run", description=_ABOUT_VIEW)
     command.set_defaults(run=_run_view)
     command.add_argument("roster", metavar="ROSTER", help='a directory, dns:NAME:PORT, or "a=HOST:PORT,b=HOST:PORT"')
-    command.add_argument("--tls", metavar="DIR", help=f"where ca.crt and the key of {OBSERVER!r} are")
+    command.add_argument("--keys", metavar="DIR", help=f"where ca.crt and the key of {OBSERVER!r} are")
     command.add_argument("--plain-text", action="store_true", help="the run is without TLS")
     command.add_argument("--json", action="store_true", help="print all that the islands say, as JSON")
     command.add_argument("--every", type=float, default=2.0, help="seconds between two looks (default: 2)")
@@ -49,14 +49,14 @@ def _run_keys(args: argparse.Namespace) -> str:
 
 
 def _run_view(args: argparse.Namespace) -> str:
-    if bool(args.tls) == args.plain_text:
-        got = "both" if args.tls else "neither"
+    if bool(args.keys) == args.plain_text:
+        got = "both" if args.keys else "neither"
         raise ValueError(
-            f"`islands` must have either `--tls DIR` or, where keys are not used, `--plain-text`, got {got}."
+            f"`islands` must have either `--keys DIR` or, where keys are not used, `--plain-text`, got {got}."
         )
     if not args.every > 0:
         raise ValueError(f"`--every` must be positive, got {args.every:g}.")
-    roster, tls = roster_of(args.roster), Tls.of(args.tls, OBSERVER) if args.tls else None
+    roster, tls = roster_of(args.roster), Tls.of(args.keys, OBSERVER) if args.keys else None
     if isinstance(roster, directory) and not roster.path.is_dir():
         raise ValueError(f"ROSTER must be a directory, or else addresses, got {args.roster!r}, which is not there.")
     if sys.stdout.isatty() and not args.json:

@@ -12,10 +12,11 @@ the job was preempted: not after an error that `train.py` reports, which would c
 the processes that are left, with as many workers each as before. SIGTERM goes on to the processes, which write a
 checkpoint and end, and nothing is restarted; a second one kills them.
 
-With `--islands` each process is an island, `island.py`, with a name (a, b, c …) and a folder of that name below
-`--workdir`, where they also have their roster. They talk on this machine alone: in plain text, which its other users
-can reach, or with `--keys`. An island that was killed, or ended by a SIGTERM of its own, is started again alone, up to
-`--restarts` times, and the others do not notice. The exit code is that of the first one that stays away, else 0.
+With `--islands` each process is an island, `island.py`, or with `--processes` each so many are one. It has a name (a,
+b, c …) and a folder of that name below `--workdir`, where they also have their roster. They talk on this machine alone:
+in plain text, which its other users can reach, or with `--keys`. An island that was killed, or ended by a SIGTERM of
+its own, is started again alone, up to `--restarts` times, and the others do not notice. The exit code is that of the
+first one that stays away, else 0.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def run_with_restarts(args: argparse.Namespace, shape: Shape | None, asked: Sequ
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The launcher's own flags, and `train_flags`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, help="default: 2; of an island 1")
     parser.add_argument("--islands", type=int, default=0, help="so many islands instead of the processes of one job")
     parser.add_argument("--devices-per-process", type=int, help="default: 4; of an island 1")
     parser.add_argument("--grace", type=float, default=120, help="seconds that the others have once one has failed")
@@ -109,6 +110,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--shrink is for processes of one job: islands that are left go on by themselves")
     if args.islands and value_of(args.train_flags, "workdir") is None:
         parser.error("--islands needs a --workdir behind --, below which each island has a folder")
+    args.processes = args.processes or (1 if args.islands else 2)
     args.devices_per_process = args.devices_per_process or (1 if args.islands else 4)
     return args
 
@@ -167,7 +169,8 @@ def environment_of(args: argparse.Namespace) -> dict[str, str]:
 def command(train_flags: Sequence[str], port: int, num_processes: int, process_id: int) -> list[str]:
     """The command line of one process."""
     by_hand = [f"--coordinator=localhost:{port}", f"--num_processes={num_processes}", f"--process_id={process_id}"]
-    return [sys.executable, str(TRAIN), *train_flags, *by_hand]
+    program = TRAIN if value_of(train_flags, "roster") is None else ISLAND
+    return [sys.executable, str(program), *train_flags, *by_hand]
 
 
 def dying_with_us(line: list[str]) -> list[str]:
@@ -241,7 +244,7 @@ def is_error(code: int) -> bool:
 
 def is_passing(code: int) -> bool:
     """Whether the same command may end otherwise the next time."""
-    return code < 0 or is_preempted(code)
+    return code < 0 or is_preempted(code) or code == exit_code(-signal.SIGKILL)  # as a launcher says it
 
 
 def exit_code(code: int) -> int:
@@ -303,7 +306,11 @@ def run_islands(args: argparse.Namespace, asked: Sequence[int]) -> int:
     failed, deadline, passed_on = 0, float("inf"), 0
 
     def start(name: str) -> None:
-        line = dying_with_us(island_command(args.train_flags, name, args.islands))
+        line = island_command(args.train_flags, name, args.islands)
+        if args.processes > 1:  # a job of its own: what ends one of them ends that island
+            own = {"processes": args.processes, "devices-per-process": args.devices_per_process, "grace": args.grace}
+            line = [line[0], __file__, *(f"--{key}={value}" for key, value in own.items()), "--", *line[2:]]
+        line = dying_with_us(line)
         alive[name] = subprocess.Popen(line, env=environment_of(args))
 
     try:

@@ -118,7 +118,11 @@ def test_the_mean_of_all_islands_is_exported_as_a_runs(config, tmp_path):
         thread.start()
     while len(there) < 2:
         ended.wait(0.01)
-    export.export(tmp_path / "a", tmp_path / "model", roster=str(tmp_path / "others"))
+    others = str(tmp_path / "others")
+    for said in ({"roster": others}, {"roster": others, "keys": "k", "plain_text": True}, {"plain_text": True}):
+        with pytest.raises(ValueError, match="`--roster` must come with one of `--keys` and `--plain_text`"):
+            export.export(tmp_path / "a", tmp_path / "model", **said)
+    export.export(tmp_path / "a", tmp_path / "model", roster=others, plain_text=True)
     ended.set()
     for thread in threads:
         thread.join()

@@ -209,6 +209,15 @@ def test_another_model_cannot_join(begin):
             other.join({**state(2), "step": jnp.float32(0)})
 
 
+def test_a_state_with_a_nan_in_it_is_taken_by_nobody(begin):
+    first, second = begin("a"), begin("b", patience=1.0)
+    own = first.join(state(1))
+    own["opt"][0].nu["w"] = own["opt"][0].nu["w"].at[3, 4].set(jnp.nan)
+    with ticking([first], [own["params"]], [own]), pytest.raises(NoState):
+        second.join(state(2), found=False)
+    assert second.status()["errors"]["the state of a"] == "it has a NaN in it, and was not taken"
+
+
 def test_bad_arguments_are_one_sentence(tmp_path):
     keys = {"like": params(0), "cut": by_size(2), "tls": None}
     with pytest.raises(ValueError, match="`every` must be at least 1"):

@@ -57,7 +57,7 @@ def shown(capsys, *args):
 
 def test_the_table_has_what_each_island_says(run, capsys):
     root, islands = run
-    text = shown(capsys, root / "roster", "--tls", root / "keys")
+    text = shown(capsys, root / "roster", "--keys", root / "keys")
     title, _, header, *rows = text.splitlines()
     assert title.startswith("2 of 3 islands in the roster answer")
     assert header.split() == [
@@ -83,7 +83,7 @@ def test_the_table_has_what_each_island_says(run, capsys):
 
 def test_json_has_the_same(run, capsys):
     root, islands = run
-    said = json.loads(shown(capsys, root / "roster", "--tls", root / "keys", "--json"))
+    said = json.loads(shown(capsys, root / "roster", "--keys", root / "keys", "--json"))
     assert said["islands"].keys() == {"a", "b", "c"}
     assert said["gone"] == {"gone": 320.0}
     for island in islands:
@@ -110,7 +110,7 @@ def test_a_terminal_is_redrawn_until_it_is_interrupted(run, capsys, monkeypatch)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setattr(view.time, "sleep", sleep)
     first = a.status()["steps"]
-    text = shown(capsys, root / "roster", "--tls", root / "keys", "--every", "0.5")
+    text = shown(capsys, root / "roster", "--keys", root / "keys", "--every", "0.5")
     assert slept == [0.5, 0.5, 0.5]
     _, *frames = text.split("\x1b[H\x1b[J")
     assert [int(re.search(r"^a +(\S+)", frame, re.MULTILINE)[1]) for frame in frames] == [first, first + 1, first + 2]
@@ -142,15 +142,15 @@ def test_a_roster_that_is_away_for_a_while_does_not_end_the_view(monkeypatch, ca
 @pytest.mark.parametrize(
     ("args", "error"),
     [
-        (["roster"], r"`islands` must have either `--tls DIR` or, .*, `--plain-text`, got neither\."),
-        (["roster", "--tls", "keys", "--plain-text"], r"`islands` must have either .*, got both\."),
+        (["roster"], r"`islands` must have either `--keys DIR` or, .*, `--plain-text`, got neither\."),
+        (["roster", "--keys", "keys", "--plain-text"], r"`islands` must have either .*, got both\."),
         (
             ["no-such-place", "--plain-text"],
             r"ROSTER must be a directory, or .*, got 'no-such-place', which is not there",
         ),
         (["a=1,b", "--plain-text"], r'a roster of addresses must be "a=HOST:PORT,b=HOST:PORT", got \'a=1,b\'\.'),
         (["a=127.0.0.1:1", "--plain-text", "--every", "0"], r"`--every` must be positive, got 0\."),
-        (["a=127.0.0.1:1", "--tls", "nowhere"], r"TLS of 'observer' needs the file .*ca\.crt, which is missing"),
+        (["a=127.0.0.1:1", "--keys", "nowhere"], r"TLS of 'observer' needs the file .*ca\.crt, which is missing"),
         (["dns:no-such-name.invalid:1", "--plain-text"], r"the roster could not be read: .*\."),
     ],
 )
