@@ -6,6 +6,7 @@ It runs wherever the axis of the workers has a name: inside `jax.shard_map` over
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,7 @@ class Mix:
         return self.function(tree, step)
 
 
+SMALL_BYTES = 1 << 18  # of a leaf that `average` sends together with others
 AnyMix = Mix | Callable[[PyTree, Step], PyTree]
 
 
@@ -199,9 +201,25 @@ def average(axis: Axis | None = None, *, leaves: Leaves = None, specs: PyTree = 
         del step
         along = axis_or_default(axis)
         check_axis(along)
-        return map_parts(lambda names, parts: [_mean(part, along) for part in parts], tree, along, leaves, specs)
+        return map_parts(lambda names, parts: _means(parts, along), tree, along, leaves, specs)
 
     return Mix(mix, axis, leaves, specs)
+
+
+def _means(parts: list[Array], axis: str) -> list[Array]:
+    """Small parts of one dtype together: on CPU hosts each all-reduce by itself takes 2 (n − 1) messages in turn."""
+    groups: dict[Any, list[int]] = {}
+    for i, part in enumerate(parts):
+        is_small = part.size * part.dtype.itemsize <= SMALL_BYTES and not is_simulated(axis)
+        groups.setdefault(part.dtype if is_small else i, []).append(i)
+    means = list(parts)
+    for at in groups.values():
+        whole = parts[at[0]] if len(at) == 1 else jnp.concatenate([parts[i].reshape(-1) for i in at])
+        mean, start = _mean(whole, axis), 0
+        for i in at:
+            means[i] = mean.reshape(-1)[start : start + parts[i].size].reshape(parts[i].shape) if len(at) > 1 else mean
+            start += parts[i].size
+    return means
 
 
 def _mean(leaf: Array, axis: str) -> Array:

@@ -26,10 +26,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from benchmarks.network import hosts
-from benchmarks.network.contenders import tasks
+from benchmarks.network.contenders import in_jax, tasks
 from benchmarks.network.contenders.tasks import TASKS, Task, is_peer, period_of
 from benchmarks.network.hosts import bits_per_second
 from benchmarks.rows import append_rows, read_rows
@@ -91,14 +92,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--contenders", help="only these, separated by commas")
     parser.add_argument("--links", help="only these, separated by commas")
     parser.add_argument("--waits", help="only these, separated by commas")
+    parser.add_argument("--seeds", type=int, help="of the runs on test examples, for `steps`")
     parser.add_argument("--slowness", type=float, help="how many times as long host 0 computes, for `seconds`")
     parser.add_argument("--table", action="store_true", help="print what there is instead of measuring")
     args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
     form = FORMS[args.form]
     for name, kind in (("contenders", str), ("links", str), ("waits", float)):
         if text := getattr(args, name):
             form = form._replace(**{name: tuple(map(kind, text.split(",")))})
-    form = form._replace(slowness=args.slowness or form.slowness)
+    form = form._replace(slowness=args.slowness or form.slowness, seeds=args.seeds or form.seeds)
     race = Race(form, args.out, args.folder)
     if args.table:
         print(race.as_text())
@@ -163,8 +166,6 @@ class Race:
         return float(best["learning_rate"])
 
     def _train(self, name: str, contender: str, part: str, runs: list[tuple[int, float]]) -> None:
-        from benchmarks.network.contenders import in_jax
-
         task, same = self.task(name), {"task": name, "contender": contender, "part": part}
         runs = [run for run in runs if not self.rows("steps", **same, seed=run[0], learning_rate=run[1])]
         if not runs:
@@ -194,8 +195,6 @@ class Race:
                 yield [evaluation.mean(0) for evaluation in run]
 
     def _simulated(self, name: str, contender: str, runs: list[tuple[int, float]]) -> Iterator[list[np.ndarray]]:
-        from benchmarks.network.contenders import in_jax
-
         task, n = self.task(name), self.form.hosts
         examples = tasks.read(self.folder, name, "train")
         made = in_jax.Contender(contender, task, n, n)
@@ -250,8 +249,6 @@ class Race:
 
     def measure_whole(self, name: str) -> None:
         """To the step at which the run without limited links reached the level, with the same seed and rate."""
-        from benchmarks.network.contenders import in_jax
-
         task, n = self.task(name), self.form.hosts
         for contender, link, wait in self.form.whole if name == "images" else ():
             same = {"task": name, "contender": contender, "link": link, "wait": wait}
