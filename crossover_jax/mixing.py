@@ -6,7 +6,6 @@ It runs wherever the axis of the workers has a name: inside `jax.shard_map` over
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +54,7 @@ class Mix:
         return self.function(tree, step)
 
 
-SMALL_BYTES = 1 << 18  # of a leaf that `average` sends together with others
+BUCKET_BYTES = 1 << 22  # of the leaves that `average` sends together
 AnyMix = Mix | Callable[[PyTree, Step], PyTree]
 
 
@@ -207,19 +206,27 @@ def average(axis: Axis | None = None, *, leaves: Leaves = None, specs: PyTree = 
 
 
 def _means(parts: list[Array], axis: str) -> list[Array]:
-    """Small parts of one dtype together: on CPU hosts each all-reduce by itself takes 2 (n − 1) messages in turn."""
-    groups: dict[Any, list[int]] = {}
-    for i, part in enumerate(parts):
-        is_small = part.size * part.dtype.itemsize <= SMALL_BYTES and not is_simulated(axis)
-        groups.setdefault(part.dtype if is_small else i, []).append(i)
+    """Each part's mean, of one dtype several together: on CPU hosts an all-reduce takes 2 (n − 1) messages in turn."""
     means = list(parts)
-    for at in groups.values():
-        whole = parts[at[0]] if len(at) == 1 else jnp.concatenate([parts[i].reshape(-1) for i in at])
-        mean, start = _mean(whole, axis), 0
-        for i in at:
-            means[i] = mean.reshape(-1)[start : start + parts[i].size].reshape(parts[i].shape) if len(at) > 1 else mean
-            start += parts[i].size
+    for first, *others in _buckets(parts, -1 if is_simulated(axis) else BUCKET_BYTES):
+        if not others:
+            means[first] = _mean(parts[first], axis)
+            continue
+        at = [first, *others]
+        packed = _mean(jnp.concatenate([parts[i].reshape(-1) for i in at]), axis)
+        for i, piece in zip(at, jnp.split(packed, np.cumsum([parts[i].size for i in at])[:-1]), strict=True):
+            means[i] = piece.reshape(parts[i].shape)
     return means
+
+
+def _buckets(parts: list[Array], limit: int) -> list[list[int]]:
+    """Small ones: in one of all parts the first would wait for the last, and a gradient's could not hide behind it."""
+    found: list[list[int]] = []
+    for i, part in enumerate(parts):
+        alike = [at for at in found if parts[at[0]].dtype == part.dtype]
+        fitting = [at for at in alike if sum(parts[j].nbytes for j in at) + part.nbytes <= limit]
+        (fitting[-1] if fitting else found).append(i if fitting else [i])
+    return found
 
 
 def _mean(leaf: Array, axis: str) -> Array:

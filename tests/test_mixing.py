@@ -241,18 +241,17 @@ def test_a_small_step_counter_wraps_at_the_period_not_before():
     np.testing.assert_array_equal(run_step(x, jnp.uint8(200)), run_step(x, jnp.int32(200)))
 
 
-def test_small_leaves_of_an_average_travel_together_with_the_bits_that_each_has_alone(monkeypatch):
-    """An all-reduce for each dtype, and one for each leaf that is not small."""
+def test_leaves_of_an_average_travel_in_buckets_with_the_bits_that_each_has_alone(monkeypatch):
     rng, limit = np.random.default_rng(0), 4 * 100
-    tree = {"large": (8, 101), "a": (8, 10, 10), "b": (8, 7), "c": (8, 0), "d": (8,)}
+    tree = {"a": (8, 10, 10), "b": (8, 7), "c": (8, 101), "d": (8, 0), "e": (8,)}
     tree = {name: rng.normal(size=shape).astype(np.float32) for name, shape in tree.items()}
     tree |= {"half": jnp.asarray(tree["b"], jnp.bfloat16), "halves": jnp.asarray(tree["a"], jnp.bfloat16)}
     found = {}
-    for small in (limit, -1):
-        monkeypatch.setattr(mixing, "SMALL_BYTES", small)
-        found[small] = run(cj.average(), places(8)["mesh"], tree, 0)
+    for bucket, messages in ((limit, 4), (-1, len(tree))):  # a; b, d and e; c; the halves
+        monkeypatch.setattr(mixing, "BUCKET_BYTES", bucket)
+        found[bucket] = run(cj.average(), places(8)["mesh"], tree, 0)
         jaxpr = str(trace_worker(cj.average(), jax.tree.map(lambda x: x[0], tree), 0, axes={"worker": 8}))
-        assert jaxpr.count("psum") == (3 if small == limit else len(tree))
+        assert jaxpr.count("psum") == messages
     for name, x in tree.items():
         np.testing.assert_array_equal(found[limit][name], found[-1][name])
         mean = np.asarray(x, np.float64).mean(0)

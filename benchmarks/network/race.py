@@ -23,7 +23,7 @@ import pathlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ from benchmarks.rows import append_rows, read_rows
 from crossover_jax import plan
 from crossover_jax.text import as_table
 
-STEPS = ("task", "contender", "hosts", "part", "learning_rate", "seed", "steps", "best", "last")
+STEPS = ("task", "contender", "hosts", "part", "learning_rate", "seed", "steps", "best")
 SECONDS = ("task", "contender", "hosts", "link", "wait", "slowness", "count", "step_s", "frame_bytes")
 WHOLE = ("task", "contender", "hosts", "link", "wait", "learning_rate", "seed", "steps", "seconds", "score")
 COLUMNS = {"steps": STEPS, "seconds": SECONDS, "whole": WHOLE}
@@ -172,14 +172,17 @@ class Race:
             return
         evaluate = in_jax.make_evaluate(task, tasks.read(self.folder, name, part))
         for (seed, rate), models in zip(runs, self._models(name, contender, runs), strict=True):
-            scores = [evaluate(model) for model in models]
-            reached = [i for i, score in enumerate(scores) if is_reached(score, task)]
-            steps = (reached[0] + 1) * task.every if reached else ""
+            scores, is_there = [], False
+            for model in models:  # a simulation goes on as it is asked to
+                scores.append(evaluate(model))
+                if is_there := is_reached(scores[-1], task):
+                    break
+            steps = len(scores) * task.every if is_there else ""
             best = (min if task.is_loss else max)(scores)
             values = {"learning_rate": rate, "seed": seed, "steps": steps, "best": f"{best:.4f}"}
-            self.add("steps", **same, **values, last=f"{scores[-1]:.4f}")
+            self.add("steps", **same, **values)
 
-    def _models(self, name: str, contender: str, runs: list[tuple[int, float]]) -> Iterator[Sequence[np.ndarray]]:
+    def _models(self, name: str, contender: str, runs: list[tuple[int, float]]) -> Iterator[Iterable[np.ndarray]]:
         """The averaged models of each run's evaluations."""
         task, n = self.task(name), self.form.hosts
         if not is_peer(contender):
@@ -192,20 +195,21 @@ class Race:
             job = {"kind": "train", "task": name, "contender": contender, "runs": runs, "models": str(path)}
             self.run(None, **job, steps=task.steps, wait=0.0)
             for run in np.load(path, mmap_mode="r"):
-                yield [evaluation.mean(0) for evaluation in run]
+                yield (evaluation.mean(0) for evaluation in run)
 
-    def _simulated(self, name: str, contender: str, runs: list[tuple[int, float]]) -> Iterator[list[np.ndarray]]:
+    def _simulated(self, name: str, contender: str, runs: list[tuple[int, float]]) -> Iterator[Iterator[np.ndarray]]:
         task, n = self.task(name), self.form.hosts
         examples = tasks.read(self.folder, name, "train")
         made = in_jax.Contender(contender, task, n, n)
-        for seed, rate in runs:
+
+        def averages(seed: int, rate: float) -> Iterator[np.ndarray]:
             made.begin(seed, rate)
-            models = []
             for t in range(task.steps):
                 made.step(t, tasks.batch_of(examples, task, seed, t, range(n), n))
                 if (t + 1) % task.every == 0:
-                    models.append(made.vectors().mean(0))
-            yield models
+                    yield made.vectors().mean(0)
+
+        return (averages(*run) for run in runs)
 
     # Seconds of a step
 
