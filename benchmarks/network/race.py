@@ -342,7 +342,7 @@ class Race:
                 median,
                 *(contender, f"{statistics.median(steps):g}" if steps else "", _range(steps, "g")),
                 *(f"{1e3 * each:.1f}", f"{1e3 * predicted:.1f}", f"{predicted / each:.2f}"),
-                *(f"{median:.1f}", _range(times, ".1f"), f"{float(frames) / 1e3:.1f}"),
+                *(f"{median:.1f}" if times else "", _range(times, ".1f"), f"{float(frames) / 1e3:.1f}"),
             )
 
 

@@ -31,7 +31,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "images": Task({"in": 784, "hidden": 256, "out": 10}, "sgd", BATCH, 600, 20, (0.025, 0.05, 0.1), 0.88, False),
+    "images": Task({"in": 784, "hidden": 256, "out": 10}, "sgd", BATCH, 1000, 20, (0.025, 0.05, 0.1), 0.88, False),
     "text": Task(
         {"vocabulary": 256, "width": 64, "layers": 2, "heads": 4, "mlp": 224, "sequence": 64},
         *("adamw", 64, 800, 20, (0.008, 0.016, 0.032), 2.3, True),
@@ -44,8 +44,8 @@ WARMUP, LAST = 0.1, 0.1  # part of the steps, part of the highest rate
 def rate_at(step: int, task: Task, highest: float) -> float:
     """The learning rate of a step: up along a line, down along half of a cosine.
 
-    >>> [round(rate_at(t, TASKS["images"], 0.1), 3) for t in (0, 29, 59, 599)]
-    [0.002, 0.05, 0.1, 0.01]
+    >>> [round(rate_at(t, TASKS["images"], 0.1), 3) for t in (0, 49, 99, 999)]
+    [0.001, 0.05, 0.1, 0.01]
     """
     up = WARMUP * task.steps
     if step < up:
