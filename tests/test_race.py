@@ -141,6 +141,10 @@ def test_the_tiny_form_measures_every_contender_once(form, folder, tmp_path):
     steps, seconds = rows_of(tmp_path, "steps"), rows_of(tmp_path, "seconds")
     assert {(row["contender"], row["part"]) for row in steps} == {(n, p) for n in names for p in ("validation", "test")}
     assert names <= {row["contender"] for row in seconds}
+    (whole,) = rows_of(tmp_path, "whole")  # to the step that the run without limited links needed
+    reached = next(r for r in steps if (r["contender"], r["part"]) == (whole["contender"], "test"))
+    assert whole["steps"] == reached["steps"]
+    assert float(whole["seconds"]) > 0.01 * int(whole["steps"])
     task = tasks.TASKS["images"]
     for row in seconds:
         limit = race.predict(row["contender"], task, 2, "50mbit", 0.01)

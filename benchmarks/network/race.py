@@ -69,8 +69,26 @@ WHOLE_CELLS = (
 )
 TINY = {"steps": 40, "level": 0.3, "rates": (0.1,)}
 FORMS = {
-    "tiny": Form(2, ("images",), ("allreduce", "outer/4", "int8/during"), ("50mbit",), (0.01,), 1, changed=TINY),
-    "tiny_peers": Form(2, ("images",), ("int8", *THEIRS[:3], "diloco/4"), ("50mbit",), (0.01,), 1, changed=TINY),
+    "tiny": Form(
+        2,
+        ("images",),
+        ("allreduce", "outer/4", "int8/during"),
+        ("50mbit",),
+        (0.01,),
+        1,
+        (("outer/4", "50mbit", 0.01),),
+        changed=TINY,
+    ),
+    "tiny_peers": Form(
+        2,
+        ("images",),
+        ("int8", *THEIRS[:3], "diloco/4"),
+        ("50mbit",),
+        (0.01,),
+        1,
+        (("ddp", "50mbit", 0.01),),
+        changed=TINY,
+    ),
     "short": Form(
         *(8, ("images",), ("int8", "outer/16/int8", "ddp", "post_local/16/0", "diloco/16")),
         *(("5mbit", "50mbit"), (0.05,), 1, WHOLE_CELLS[:2]),
