@@ -1,6 +1,7 @@
 """64 virtual CPU devices for every test and doctest; operands of different ranks are an error; cheap compilation."""
 
 import gc
+import importlib.util
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -47,6 +48,9 @@ def compiled_alike(monkeypatch):
         monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         monkeypatch.setenv("XLA_FLAGS", " ".join(f"--{name}={value}".lower() for name, value in QUICKLY.items()))
 
+
+# What wraps packages of others is for where they are: `pip install -e '.[peers]'`.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["benchmarks/network/contenders/in_torch.py"]
 
 # Tracing makes objects by the hundred thousand that live as long as their program: looked through less often.
 gc.set_threshold(100_000, 20, 50)

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crossover_jax as cj
+from crossover_jax import mixing
 from crossover_jax.mixing import is_channels
 from crossover_jax.traced import trace_worker, wire_bytes
 from tests.oracles import POOLS, has, mixed_by_matrices, pool_of
@@ -238,6 +239,23 @@ def test_a_small_step_counter_wraps_at_the_period_not_before():
     x = jnp.asarray(random_tree(8, 4)["leaf00"])
     run_step = cj.per_worker(mix, 8, (1,), donate=False)
     np.testing.assert_array_equal(run_step(x, jnp.uint8(200)), run_step(x, jnp.int32(200)))
+
+
+def test_leaves_of_an_average_travel_in_buckets_with_the_bits_that_each_has_alone(monkeypatch):
+    rng, limit = np.random.default_rng(0), 4 * 100
+    tree = {"a": (8, 10, 10), "b": (8, 7), "c": (8, 101), "d": (8, 0), "e": (8,)}
+    tree = {name: rng.normal(size=shape).astype(np.float32) for name, shape in tree.items()}
+    tree |= {"half": jnp.asarray(tree["b"], jnp.bfloat16), "halves": jnp.asarray(tree["a"], jnp.bfloat16)}
+    found = {}
+    for bucket, messages in ((limit, 4), (-1, len(tree))):  # a; b, d and e; c; the halves
+        monkeypatch.setattr(mixing, "BUCKET_BYTES", bucket)
+        found[bucket] = run(cj.average(), places(8)["mesh"], tree, 0)
+        jaxpr = str(trace_worker(cj.average(), jax.tree.map(lambda x: x[0], tree), 0, axes={"worker": 8}))
+        assert jaxpr.count("psum") == messages
+    for name, x in tree.items():
+        np.testing.assert_array_equal(found[limit][name], found[-1][name])
+        mean = np.asarray(x, np.float64).mean(0)
+        np.testing.assert_allclose(np.asarray(found[limit][name], np.float64)[3], mean, rtol=4e-3, atol=1e-6)
 
 
 def test_average_leaves_out_what_where_leaves_out():

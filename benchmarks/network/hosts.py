@@ -144,7 +144,9 @@ def run(
             for host in started:
                 host.process.kill()
                 host.process.wait()
-            ip("link del bridge0")  # the links went with their hosts
+            ip("link del bridge0")
+            for i in range(len(started)):  # a link goes with its host, but some time after it
+                subprocess.run(["ip", "link", "del", f"port{i}"], capture_output=True)
 
 
 def _check_count(hosts: int) -> None:

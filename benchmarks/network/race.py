@@ -1,0 +1,411 @@
+"""Real training on hosts with limited links: how long ours and others take to a level of accuracy.
+
+    sudo python -m benchmarks.network.race --form short --out benchmarks/network/results   # goes on where it ended
+    python -m benchmarks.network.race --form short --out benchmarks/network/results --table
+
+Contenders are those of `contenders/in_jax.py`, ours, and of `contenders/in_torch.py`, from `pip install -e '.[peers]'`.
+All have the same model, data, batches, schedule and seeds. On a machine of few cores a run on N limited hosts takes
+hours, so a time is a product:
+
+    steps     to the level, without limited links: of ours simulated in one process, of others on hosts. The learning
+              rate is that of fewest steps on held-out examples, among the task's, with seed 0; then other seeds
+    seconds   of a step, on hosts with limited links. `wait` is a timed wait in each step, which stands for a gradient;
+              of PyTorch's a third is in the forward pass and the rest spread over the layers of the backward pass
+    whole     some runs end to end, by which the product is checked
+
+Each is a CSV, race_steps.csv and so on. Evaluations are not counted. `--table` also has what `plan` predicts.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks.network import hosts
+from benchmarks.network.contenders import in_jax, tasks
+from benchmarks.network.contenders.tasks import TASKS, Task, is_peer, period_of
+from benchmarks.network.hosts import bits_per_second
+from benchmarks.rows import append_rows, read_rows
+from crossover_jax import plan
+from crossover_jax.text import as_table
+
+STEPS = ("task", "contender", "hosts", "part", "learning_rate", "seed", "steps", "best")
+SECONDS = ("task", "contender", "hosts", "link", "wait", "slowness", "count", "step_s", "frame_bytes")
+WHOLE = ("task", "contender", "hosts", "link", "wait", "learning_rate", "seed", "steps", "seconds", "score")
+COLUMNS = {"steps": STEPS, "seconds": SECONDS, "whole": WHOLE}
+HEADERS = 1.05  # of the bytes of frames to those of messages: docs/performance.md
+LATENCY = 1e-4  # seconds, of a message between two idle hosts of the laboratory
+OURS = ("allreduce", "sgp", "crossover", "rows", "int8", "int8/during", "outer/16", "outer/16/int8", "outer/64/int8")
+THEIRS = (
+    *("ddp", "decent/complete", "decent/one-peer-exp", "post_local/4/100", "post_local/16/0", "post_local/64/0"),
+    *("diloco/16", "diloco/64"),
+)
+BASES = {False: "alone", True: "local"}  # of ours and of theirs, what exchanges nothing
+
+
+class Form(NamedTuple):
+    hosts: int
+    tasks: tuple[str, ...]
+    contenders: tuple[str, ...]
+    links: tuple[str, ...]
+    waits: tuple[float, ...]
+    seeds: int
+    whole: tuple[tuple[str, str, float], ...] = ()  # contender, link, wait
+    slowness: float = 1.0  # of host 0, whose waits take so many times as long
+    changed: dict | None = None  # of the task
+
+
+WHOLE_CELLS = (
+    *(("ddp", "50mbit", 0.05), ("int8", "50mbit", 0.05)),
+    *(("post_local/16/0", "50mbit", 0.05), ("outer/16/int8", "5mbit", 0.05)),
+)
+TINY = {"steps": 40, "level": 0.3, "rates": (0.1,)}
+FORMS = {
+    "tiny": Form(
+        2,
+        ("images",),
+        ("allreduce", "outer/4", "int8/during"),
+        ("50mbit",),
+        (0.01,),
+        1,
+        (("outer/4", "50mbit", 0.01),),
+        changed=TINY,
+    ),
+    "tiny_peers": Form(
+        2,
+        ("images",),
+        ("int8", *THEIRS[:3], "diloco/4"),
+        ("50mbit",),
+        (0.01,),
+        1,
+        (("ddp", "50mbit", 0.01),),
+        changed=TINY,
+    ),
+    "short": Form(
+        *(8, ("images",), ("int8", "outer/16/int8", "ddp", "post_local/16/0", "diloco/16")),
+        *(("5mbit", "50mbit"), (0.05,), 1, WHOLE_CELLS[:2]),
+    ),
+    "full": Form(
+        *(8, ("images", "text"), (*OURS, "streamed/16", *THEIRS)),
+        *(("5mbit", "50mbit", "200mbit"), (0.05, 0.2), 3, WHOLE_CELLS),
+    ),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--form", choices=FORMS, default="short")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the CSVs; what they have is kept")
+    parser.add_argument("--data_dir", default="data", help="where Fashion-MNIST is, or is put")
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/race"), help="for the tasks' files")
+    parser.add_argument("--only", choices=COLUMNS, help="one of the three kinds of measurements")
+    parser.add_argument("--contenders", help="only these, separated by commas")
+    parser.add_argument("--links", help="only these, separated by commas")
+    parser.add_argument("--waits", help="only these, separated by commas")
+    parser.add_argument("--seeds", type=int, help="of the runs on test examples, for `steps`")
+    parser.add_argument("--slowness", type=float, help="how many times as long host 0 computes, for `seconds`")
+    parser.add_argument("--table", action="store_true", help="print what there is instead of measuring")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    form = FORMS[args.form]
+    for name, kind in (("contenders", str), ("links", str), ("waits", float)):
+        if text := getattr(args, name):
+            form = form._replace(**{name: tuple(map(kind, text.split(",")))})
+    form = form._replace(slowness=args.slowness or form.slowness, seeds=args.seeds or form.seeds)
+    race = Race(form, args.out, args.folder)
+    if args.table:
+        print(race.as_text())
+        return
+    try:
+        for name in form.tasks:
+            tasks.prepare(args.folder, name, args.data_dir)
+        hosts.enter()
+        for name in form.tasks:
+            for kind in [args.only] if args.only else COLUMNS:
+                getattr(race, f"measure_{kind}")(name)
+    except (hosts.Missing, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+class Race:
+    """The measurements of a form, and those that are there already."""
+
+    def __init__(self, form: Form, out: pathlib.Path, folder: pathlib.Path):
+        self.form, self.out, self.folder = form, out, folder
+        out.mkdir(parents=True, exist_ok=True)
+
+    def rows(self, kind: str, **like: object) -> list[dict[str, str]]:
+        """The rows that have these values."""
+        found = read_rows(self.out / f"race_{kind}.csv")
+        like = {"hosts": self.form.hosts, **like}
+        return [row for row in found if all(_same(row[name], value) for name, value in like.items())]
+
+    def add(self, kind: str, **values: object) -> None:
+        row = {"hosts": self.form.hosts, **values}
+        print(kind, *row.values(), flush=True)
+        append_rows(self.out / f"race_{kind}.csv", COLUMNS[kind], [row])
+
+    def task(self, name: str) -> Task:
+        return TASKS[name]._replace(**self.form.changed or {})
+
+    def run(self, link: str | None, **job: object) -> list[dict]:
+        """What each host says of a job."""
+        job = {"hosts": self.form.hosts, "folder": str(self.folder), "changed": self.form.changed or {}, **job}
+        program = [sys.executable, "-m", "benchmarks.network.contenders.host"]
+        commands = [[*program, json.dumps(job), "--host", str(i)] for i in range(self.form.hosts)]
+        env = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "PYTHONWARNINGS": "ignore"}
+        burst = max(hosts.BURST, int(hosts.BURST_S * bits_per_second(link) / 8)) if link else hosts.BURST
+        outputs = hosts.run(commands, rate=link, burst=burst, env=env, timeout=3600)
+        return [json.loads(text.splitlines()[-1]) for text in outputs]
+
+    # Steps to the level
+
+    def measure_steps(self, name: str) -> None:
+        task = self.task(name)
+        for contender in self.form.contenders:
+            tuning = [(0, rate) for rate in task.rates]
+            self._train(name, contender, "validation", tuning)
+            final = [(seed, self.best_rate(name, contender)) for seed in range(1, 1 + self.form.seeds)]
+            self._train(name, contender, "test", final)
+
+    def best_rate(self, name: str, contender: str) -> float:
+        """Of fewest steps on held-out examples; where no rate gets there, of the best score."""
+        sign = -1 if not TASKS[name].is_loss else 1
+        rows = self.rows("steps", task=name, contender=contender, part="validation")
+        best = min(rows, key=lambda row: (float(row["steps"] or "inf"), sign * float(row["best"])))
+        return float(best["learning_rate"])
+
+    def _train(self, name: str, contender: str, part: str, runs: list[tuple[int, float]]) -> None:
+        task, same = self.task(name), {"task": name, "contender": contender, "part": part}
+        runs = [run for run in runs if not self.rows("steps", **same, seed=run[0], learning_rate=run[1])]
+        if not runs:
+            return
+        evaluate = in_jax.make_evaluate(task, tasks.read(self.folder, name, part))
+        for (seed, rate), models in zip(runs, self._models(name, contender, runs), strict=True):
+            scores, is_there = [], False
+            for model in models:  # a simulation goes on as it is asked to
+                scores.append(evaluate(model))
+                if is_there := is_reached(scores[-1], task):
+                    break
+            steps = len(scores) * task.every if is_there else ""
+            best = (min if task.is_loss else max)(scores)
+            values = {"learning_rate": rate, "seed": seed, "steps": steps, "best": f"{best:.4f}"}
+            self.add("steps", **same, **values)
+
+    def _models(self, name: str, contender: str, runs: list[tuple[int, float]]) -> Iterator[Iterable[np.ndarray]]:
+        """The averaged models of each run's evaluations."""
+        task, n = self.task(name), self.form.hosts
+        if not is_peer(contender):
+            yield from self._simulated(name, contender, runs)
+            return
+        with tempfile.TemporaryDirectory(dir=hosts.FOLDER) as folder:
+            path = pathlib.Path(folder, "models.npy")
+            shape = (len(runs), task.steps // task.every, n, tasks.num_params(task))
+            np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+            job = {"kind": "train", "task": name, "contender": contender, "runs": runs, "models": str(path)}
+            self.run(None, **job, steps=task.steps, wait=0.0)
+            for run in np.load(path, mmap_mode="r"):
+                yield (evaluation.mean(0) for evaluation in run)
+
+    def _simulated(self, name: str, contender: str, runs: list[tuple[int, float]]) -> Iterator[Iterator[np.ndarray]]:
+        task, n = self.task(name), self.form.hosts
+        examples = tasks.read(self.folder, name, "train")
+        made = in_jax.Contender(contender, task, n, n)
+
+        def averages(seed: int, rate: float) -> Iterator[np.ndarray]:
+            made.begin(seed, rate)
+            for t in range(task.steps):
+                made.step(t, tasks.batch_of(examples, task, seed, t, range(n), n))
+                if (t + 1) % task.every == 0:
+                    yield made.vectors().mean(0)
+
+        return (averages(*run) for run in runs)
+
+    # Seconds of a step
+
+    def measure_seconds(self, name: str) -> None:
+        for link in self.form.links:
+            for of_peers in (False, True):
+                names = [c for c in self.form.contenders if is_peer(c) == of_peers]
+                self._time(name, link, [BASES[of_peers], *names] if names else [])
+
+    def _time(self, name: str, link: str, names: list[str]) -> None:
+        """One job of all contenders that lack a row; of DDP's first steps the seconds are DDP's own."""
+        names = [without_warmup(text) for text in names]
+        same = {"task": name, "link": link, "slowness": self.form.slowness}
+        missing = [
+            c for c in names if any(not self.rows("seconds", contender=c, wait=w, **same) for w in self.form.waits)
+        ]
+        if not missing:
+            return
+        task = self.task(name)
+        counts = [self.count(task, c, link) for c in missing]
+        job = {"kind": "time", "task": name, "contenders": missing, "waits": self.form.waits}
+        job |= {"periods": [(period_of(c), count) for c, count in zip(missing, counts, strict=True)]}
+        if self.form.slowness != 1:
+            job |= {"slow_host": 0, "slowness": self.form.slowness}
+        outputs = self.run(link, **job)
+        for i, contender in enumerate(missing):
+            for j, wait in enumerate(self.form.waits):
+                seconds = max(host["seconds"][i][j] for host in outputs)
+                frames = statistics.mean(host["frames"][i][j] for host in outputs)
+                values = {"contender": contender, "wait": wait, "count": counts[i], "step_s": f"{seconds:.5f}"}
+                self.add("seconds", **same, **values, frame_bytes=round(frames))
+
+    def count(self, task: Task, contender: str, link: str) -> int:
+        """Steps to time: 20, or two whole periods; over slow links fewer, half a minute's, but four."""
+        every, n = period_of(contender), self.form.hosts
+        if every > 1:
+            return every * max(2, math.ceil(20 / every))
+        return max(4, min(20, int(30 / predict(contender, task, n, link, max(self.form.waits)))))
+
+    # Runs end to end
+
+    def measure_whole(self, name: str) -> None:
+        """To the step at which the run without limited links reached the level, with the same seed and rate."""
+        task, n = self.task(name), self.form.hosts
+        for contender, link, wait in self.form.whole if name == "images" else ():
+            same = {"task": name, "contender": contender, "link": link, "wait": wait}
+            found = self.rows("steps", task=name, contender=contender, part="test", seed=1)
+            if self.rows("whole", **same) or not found or not found[0]["steps"]:
+                continue
+            steps, rate = int(found[0]["steps"]), float(found[0]["learning_rate"])
+            with tempfile.TemporaryDirectory(dir=hosts.FOLDER) as folder:
+                path = pathlib.Path(folder, "models.npy")
+                shape = (1, steps // task.every, n, tasks.num_params(task))
+                np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+                job = {"kind": "train", "task": name, "contender": contender, "runs": [(1, rate)], "models": str(path)}
+                warmup = max(2, period_of(contender))
+                outputs = self.run(link, **job, steps=steps, wait=wait, warmup=warmup)
+                model = np.load(path, mmap_mode="r")[0, -1].mean(0)
+                score = in_jax.make_evaluate(task, tasks.read(self.folder, name, "test"))(model)
+            seconds = max(host["seconds"][0][-1] for host in outputs)
+            values = {"learning_rate": rate, "seed": 1, "steps": steps, "seconds": f"{seconds:.2f}"}
+            self.add("whole", **same, **values, score=f"{score:.4f}")
+
+    # What came out
+
+    def step_seconds(self, name: str, contender: str, link: str, wait: float) -> float | None:
+        same = {"task": name, "link": link, "wait": wait, "slowness": self.form.slowness}
+        rows = self.rows("seconds", contender=without_warmup(contender), **same)
+        return float(rows[-1]["step_s"]) if rows else None
+
+    def seconds_to_level(self, name: str, contender: str, link: str, wait: float) -> list[float]:
+        """Of each seed; none where one of its parts was not measured, infinite where the level was not reached."""
+        each, ddp = (self.step_seconds(name, c, link, wait) for c in (contender, "ddp"))
+        first = warmup_of(contender)
+        if each is None or (first and ddp is None):
+            return []
+        rows = self.rows("steps", task=name, contender=contender, part="test")
+        steps = [float(row["steps"] or "inf") for row in rows]
+        return [min(s, first) * (ddp or 0.0) + max(s - first, 0) * each for s in steps]
+
+    def as_text(self) -> str:
+        parts = []
+        for name in self.form.tasks:
+            for link in self.form.links:
+                for wait in self.form.waits:
+                    lines = sorted(self._lines(name, link, wait), key=lambda line: line[0])
+                    header = (
+                        "",
+                        "steps",
+                        "range",
+                        "step, ms",
+                        "predicted",
+                        "ratio",
+                        "to the level, s",
+                        "range",
+                        "sent, kB",
+                    )
+                    title = f"{name}, {self.form.hosts} hosts, {link}, a wait of {1e3 * wait:g} ms"
+                    parts.append(f"{title}\n\n{as_table(header, [line[1:] for line in lines])}")
+        whole = [
+            (row["contender"], row["link"], row["wait"], row["steps"], row["seconds"], f"{product:.1f}", row["score"])
+            for row in self.rows("whole")
+            if (product := self._product(row))
+        ]
+        if whole:
+            header = ("end to end", "link", "wait", "steps", "seconds", "product", "score")
+            parts.append(as_table(header, whole))
+        return "\n\n".join(parts)
+
+    def _product(self, row: dict[str, str]) -> float | None:
+        each = self.step_seconds(row["task"], row["contender"], row["link"], float(row["wait"]))
+        return each and each * int(row["steps"])
+
+    def _lines(self, name: str, link: str, wait: float) -> Iterator[tuple]:
+        task, n = self.task(name), self.form.hosts
+        for contender in self.form.contenders:
+            each = self.step_seconds(name, contender, link, wait)
+            if each is None:
+                continue
+            alone = self.step_seconds(name, BASES[is_peer(contender)], link, wait)
+            predicted = predict(without_warmup(contender), task, n, link, alone or wait)
+            steps = [
+                float(row["steps"] or "inf") for row in self.rows("steps", task=name, contender=contender, part="test")
+            ]
+            times = self.seconds_to_level(name, contender, link, wait)
+            same = {"task": name, "link": link, "wait": wait, "slowness": self.form.slowness}
+            frames = self.rows("seconds", contender=without_warmup(contender), **same)[-1]["frame_bytes"]
+            median = statistics.median(times) if times else math.inf
+            yield (
+                median,
+                *(contender, f"{statistics.median(steps):g}" if steps else "", _range(steps, "g")),
+                *(f"{1e3 * each:.1f}", f"{1e3 * predicted:.1f}", f"{predicted / each:.2f}"),
+                *(f"{median:.1f}" if times else "", _range(times, ".1f"), f"{float(frames) / 1e3:.1f}"),
+            )
+
+
+def is_reached(score: float, task: Task) -> bool:
+    return score <= task.level if task.is_loss else score >= task.level
+
+
+def warmup_of(contender: str) -> int:
+    """Steps of DDP that come first."""
+    return int(contender.split("/")[2]) if contender.startswith("post_local/") else 0
+
+
+def without_warmup(contender: str) -> str:
+    """
+    >>> without_warmup("post_local/4/100")
+    'post_local/4/0'
+    """
+    name, *options = contender.split("/")
+    return f"{name}/{options[0]}/0" if name == "post_local" else contender
+
+
+def predict(contender: str, task: Task, n: int, link: str, compute: float) -> float:
+    """Seconds of a step by `crossover_jax.plan`, of what a step takes without an exchange, `compute`."""
+    on = plan.Link(bits_per_second(link) / 8 / HEADERS, LATENCY)
+    name, *options = contender.split("/")
+    model, every = 4.0 * tasks.num_params(task), period_of(contender)
+    if name in ("alone", "local"):
+        return compute
+    if name in ("allreduce", "ddp", "post_local", "diloco") or options == ["complete"]:
+        exchange = plan.allreduce_seconds(model, n, on)
+    elif "int8" in (name, *options):
+        exchange = plan.gossip_seconds(plan.BYTES["int8"] * model / 4, on, rounds=3)
+    else:
+        exchange = plan.gossip_seconds(model / int(options[0]) if name == "streamed" else model, on)
+    hides = "during" in options or name == "decent"
+    return max(compute, exchange / every) if hides else compute + exchange / every
+
+
+def _same(text: str, value: object) -> bool:
+    return text == value if isinstance(value, str) else float(text) == float(value)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    return f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else ""
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
