@@ -223,9 +223,12 @@ def _buckets(parts: list[Array], limit: int) -> list[list[int]]:
     """Small ones: in one of all parts the first would wait for the last, and a gradient's could not hide behind it."""
     found: list[list[int]] = []
     for i, part in enumerate(parts):
-        alike = [at for at in found if parts[at[0]].dtype == part.dtype]
-        fitting = [at for at in alike if sum(parts[j].nbytes for j in at) + part.nbytes <= limit]
-        (fitting[-1] if fitting else found).append(i if fitting else [i])
+        for at in reversed(found):
+            if parts[at[0]].dtype == part.dtype and sum(parts[j].nbytes for j in at) + part.nbytes <= limit:
+                at.append(i)
+                break
+        else:
+            found.append([i])
     return found
 
 
