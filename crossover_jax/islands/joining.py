@@ -12,9 +12,9 @@ from crossover_jax.leaves import PyTree
 
 CHECKPOINT = "a checkpoint"
 _NO_STATE = (
-    "island {name!r} found nothing to begin with in {patience:g} s: the run has been founded, no peer that has met "
+    "island {name!r} found nothing to begin with in {patience:g} s: it does not found the run, no peer that has met "
     "another is there (in the roster: {who}), and no checkpoint was given. Give `join` a checkpoint and its clock, "
-    "start the island that founded the run, or begin a new run in an empty roster."
+    "start the island that founded the run, or begin a new run, in an empty directory or by `found=True` on one island."
 )
 
 

@@ -100,7 +100,8 @@ class directory:
 
     An island whose file has not changed for `patience` seconds, by the reader's own clock, has gone: clocks and
     modification times of file systems are not compared. If the directory is away, islands go on with whom they know.
-    The path may be any object with the methods of `pathlib.Path`, such as etils' `epath.Path` for a bucket.
+    The path may be any object with the methods of `pathlib.Path`, such as etils' `epath.Path` for a bucket. A bucket
+    cannot create a file exclusively: founding is as with `static` there.
 
     The first island to create the file of the run's founder begins it. Should that one be started again before it has
     delivered anything, it begins again; later nobody does, and who finds neither peer nor checkpoint is refused.
@@ -150,6 +151,8 @@ class directory:
         except FileExistsError:
             begun = (self.path / "begun").exists()
             return not begun and (self.path / "founder").read_text() == name
+        except ValueError:  # etils' paths do not know this mode
+            return False
 
     def begun(self) -> None:
         path = self.path / "begun"

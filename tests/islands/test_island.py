@@ -1,16 +1,31 @@
 """Islands in threads of one process, over real sockets of this machine."""
 
 import contextlib
+import socket
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from crossover_jax import by_size
-from crossover_jax.islands import Island, LinkError, LongAway, NoState, Superseded, directory, gather_mean, look, static
+from crossover_jax.islands import (
+    Island,
+    LinkError,
+    LongAway,
+    NoState,
+    Superseded,
+    directory,
+    dns,
+    gather_mean,
+    look,
+    static,
+)
+from experiments.launch.local import free_port
 
 N = 3
 
@@ -197,6 +212,43 @@ def test_the_mean_of_all_is_taken_from_outside_and_changes_nothing(begin, tmp_pa
         np.testing.assert_array_equal(values[k]["w"], params(k)["w"])
     assert sorted(seen) == ["i0", "i1", "i2"]
     assert seen["i1"]["steps"] > 0
+
+
+def test_a_dns_name_is_a_roster_whose_addresses_learn_their_names(begin, monkeypatch):
+    port, hosts = free_port(), [f"127.0.0.{i}" for i in (2, 3, 4, 5)]  # at the last one nobody listens
+
+    def getaddrinfo(host, port, *, type):
+        assert host == "trainers"
+        return [(socket.AF_INET, type, 6, "", (address, port)) for address in hosts]
+
+    roster = dns(f"trainers:{port}")
+    monkeypatch.setattr(
+        "crossover_jax.islands.roster.socket", types.SimpleNamespace(getaddrinfo=getaddrinfo, SOCK_STREAM=1)
+    )
+    islands = [begin(name, roster=roster, bind=f"{host}:{port}") for name, host in zip("abc", hosts, strict=False)]
+    values, states = [None] * 3, [state(k) for k in range(3)]
+    states[0] = islands[0].join(states[0], found=True)
+    values[0] = states[0]["params"]
+    with ticking(islands[:1], values, states):
+        for k in (1, 2):
+            states[k] = islands[k].join(states[k])
+            values[k] = states[k]["params"]
+            assert islands[k].status()["origin"].startswith("a, at its step")
+    for island, others in zip(islands, (["b", "c"], ["a", "c"], ["a", "b"]), strict=True):
+        until(lambda own=island, others=others: walk(islands, values, states) or sorted(own._node.members) == others)
+    until(lambda: walk(islands, values, states) or all(island._node.exchanged > 10 for island in islands))
+    assert list(look(roster, tls=None, timeout=1.0)) == [f"127.0.0.5:{port}", "a", "b", "c"]
+
+
+def test_a_path_that_creates_no_file_exclusively_is_a_roster_whose_founder_is_named(begin, tmp_path):
+    roster = directory(epath.Path(tmp_path / "bucket"))  # local, but of etils: as of a bucket
+    first, second = begin("a", roster=roster), begin("b", roster=roster, patience=1.0)
+    with pytest.raises(NoState, match="`found=True` on one island"):
+        second.join(state(2))
+    values, states = [params(1)], [first.join(state(1), found=True)]
+    with ticking([first], values, states):
+        second.join(state(2))
+    assert second.status()["origin"].startswith("a, at its step")
 
 
 def test_another_model_cannot_join(begin):
