@@ -1,7 +1,7 @@
 """What a topology and links promise, before anything is trained, and how the islands of a run are.
 
 `python -m crossover_jax describe NAME --workers N`: what a topology promises.
-`python -m crossover_jax plan --params M --workers N --compute-ms T --dcn-gbps B`: which algorithm pays on such links.
+`python -m crossover_jax plan --params M --workers N --compute-ms T --dcn-gbps B`: what to take on such links.
 `python -m crossover_jax doctor`: what exchanges are and take on these devices.
 `python -m crossover_jax islands ROSTER`: the islands of a run; `islands keys DIR NAME`: their keys.
 """
@@ -150,7 +150,7 @@ def _text_of_plan(
     fewer = [(own.gossiping, own.members, _time(own.averaging), _time(own.step)) for own in groups]
     return f"""{title}
 
-{_table_of_ways(found, tokens)}
+{_advice(params, workers, compute, link, inside)}{_table_of_ways(found, tokens)}
 
 Crossover, during, saves 5 % of the step of AllReduce beside the backward pass, both in float32, \
 {_rates(plan.where_it_pays(params, workers, compute, link, inside))}.
@@ -158,6 +158,14 @@ Crossover, during, saves 5 % of the step of AllReduce beside the backward pass, 
 The same workers in groups whose members average gradients over the same links (float32, during):
 
 {as_table(("gossiping", "members", "averaging", "step"), fewer)}"""
+
+
+def _advice(params: float, workers: int, compute: float, link: plan.Link, inside: float) -> str:
+    if not compute:  # nothing to hide an exchange behind
+        return ""
+    advice = plan.recommend(params, workers, compute, link, inside)
+    members = f", each of {advice.members} that average gradients" if 1 < advice.gossiping < workers else ""
+    return f"Take  {advice.take}{members}: {_time(advice.step)} a step.\n{advice.reason}\n\n"
 
 
 def _time(seconds: float) -> str:

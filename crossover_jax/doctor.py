@@ -224,11 +224,16 @@ def as_text(report: Report) -> str:
         (x["name"], f"{x['error']:.1g}", f"{1e3 * x['seconds']:.3g} ms", f"{1e3 * x['planned']:.3g} ms", _permutes(x))
         for x in report["exchanges"]
     ]
-    table, link = as_table(("exchange", "error", "measured", "plan", "permutes"), rows), report["link"]
+    link = plan.Link(report["link"]["rate"], report["link"]["latency"])
+    gbps, us = f"{8 * link.rate / 1e9:.3g}", f"{1e6 * link.latency:.3g}"
+    table = as_table(("exchange", "error", "measured", "plan", "permutes"), rows)
+    flags = f"--workers {len(report['workers'])} --dcn-gbps {gbps} --dcn-us {us}"
     return f"""{report["title"]}
-link of a worker: {8 * link["rate"] / 1e9:.3g} Gbit/s, {1e6 * link["latency"]:.3g} µs
+link of a worker: {gbps} Gbit/s, {us} µs
 beside products {100 * report["beside"]["hidden"]:.0f} % of an exchange hides
 
 {table}
 
-{chr(10).join(f"* {text}." for text in findings(report)) or "All is well."}"""
+{chr(10).join(f"* {text}." for text in findings(report)) or "All is well."}
+
+What to take: python -m crossover_jax plan {flags} --params P --compute-ms T"""

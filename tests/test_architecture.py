@@ -117,7 +117,9 @@ def test_files_and_functions_hold_one_idea():
     lines = {path: len(path.read_text().splitlines()) for path in (ROOT / "crossover_jax").rglob("*.py")}
     of_islands = sum(count for path, count in lines.items() if "islands" in path.parts)
     assert of_islands <= 2400
-    assert sum(lines.values()) - of_islands <= 5100  # of which the doctor, which no program imports, has 240
+    assert (
+        sum(lines.values()) - of_islands <= 5160
+    )  # 300 of them the doctor and what `plan` recommends, which no program imports
 
 
 def test_private_names_of_jax_and_versions_are_in_no_room_but_axes():

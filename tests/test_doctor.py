@@ -112,7 +112,10 @@ def changed(path, value):
 )
 def test_each_finding_says_what_to_do(path, value, said):
     assert [*doctor.findings(GOOD)] == []
-    assert doctor.as_text(GOOD).endswith("All is well.")
+    assert doctor.as_text(GOOD).endswith(
+        "All is well.\n\n"
+        "What to take: python -m crossover_jax plan --workers 4 --dcn-gbps 8 --dcn-us 10 --params P --compute-ms T"
+    )
     (text,) = doctor.findings(changed(path, value))
     assert text.startswith(said)
     assert len(text.split(": ", 1)[1]) > 10
