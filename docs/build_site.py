@@ -32,10 +32,12 @@ CONTENTS = {
         "islands",
         "islands_security",
         "scaling",
+        "gpus",
+        "faq",
         "api",
     ],
     "What was found": ["results", "performance", "reliability"],
-    "Behind it": ["design", "application", "log", "contributing", "changes"],
+    "Behind it": ["paper", "design", "application", "log", "contributing", "changes"],
 }
 PARTS = {
     name: f"{name.replace('.', '/')}/__init__.py"
