@@ -73,7 +73,7 @@ def test_a_link_s_rate_and_latency_are_those_of_the_messages(monkeypatch):
         return 3e-4 + state[0].nbytes / 4 / 2e8
 
     monkeypatch.setattr(doctor.Trial, "seconds", seconds)
-    link = doctor.Trial(cj.make_mesh(4, devices=jax.devices()[:4]), 1).link(1.0)
+    link = doctor.Trial(cj.make_mesh(4, devices=jax.devices()[:4]), 1).link(1.0, 1)
     assert link == pytest.approx(plan.Link(2e8, 3e-4), rel=1e-3)
 
 
@@ -99,7 +99,7 @@ def changed(path, value):
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (["hosts"], ["a", "a"], "several processes share a, and no link is between them: start one on each host"),
+        (["hosts"], ["a", "a"], "all 2 processes are on a, and no link is between them: start some on another host"),
         (["workers", 1], [[2, 0, 0], [3, 1, 0]], "workers [1] span slow links"),
         (["exchanges", 0, "error"], float("nan"), "`crossover` is nan off its matrices at worker 0, process 0 on a:"),
         (["exchanges", 0, "error"], 0.1, "`crossover` is 0.1 off its matrices"),
@@ -124,7 +124,12 @@ def test_each_finding_says_what_to_do(path, value, said):
 def test_a_worker_of_a_tpu_s_slice_may_span_hosts():
     report = changed(["platform"], "tpu")
     report["workers"] = [[[0, 0, 0], [1, 1, 0]], [[2, 2, 1], [3, 3, 1]]]
+    report["hosts"] = ["a", "b", "c", "d"]
     assert [*doctor.findings(report)] == []
+    report["platform"], report["hosts"] = "gpu", ["a", "a", "b", "b"]  # a process for each GPU
+    assert [*doctor.findings(report)] == []
+    report["hosts"] = ["a", "b", "a", "b"]
+    assert next(doctor.findings(report)).startswith("workers [0, 1] span slow links")
 
 
 def test_what_cannot_be_is_refused_in_a_line(capsys):
@@ -162,7 +167,7 @@ def test_two_processes_examine_together(tmp_path):
         [process.kill() for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert "4 workers of 1 device(s)" in first
-    assert "several processes share" in first
+    assert "all 2 processes are on" in first
     assert second.endswith("process 1 is done; the first one tells.\n")
     report = json.loads((tmp_path / "doctor.json").read_text())
     assert [place for ((_, place, _),) in report["workers"]] == [0, 0, 1, 1]
