@@ -160,7 +160,7 @@ class Trial(NamedTuple):
         return {"exchange": alone, "compute": compute, "both": both, "hidden": min(1.0, max(0.0, hidden))}
 
 
-def examine(mesh: Mesh, *, megabytes: float = 32.0, turns: int = 5) -> Report:
+def examine(mesh: Mesh, *, megabytes: float = 32.0, turns: int = 3) -> Report:
     """Where workers lie, their link, and of each kind of exchange error, seconds and program; sizes of messages in MB.
 
     All processes call it alike. Raises `ValueError` for a mesh of one worker.
