@@ -149,10 +149,11 @@ class Trial(NamedTuple):
                 a = jnp.tanh(a @ a)
             return a
 
-        mix, size, width, compute = kind.mix(), self.size(kind, megabytes), 64, 0.0
+        mix, size, width = kind.mix(), self.size(kind, megabytes), 128
         alone = self.seconds(*self.compiled(mix, (size,)))
-        while width < 8192 and compute < 0.7 * alone:
-            width *= 2
+        compute = self.seconds(*self.compiled(lambda s, t: [products(s[0])], (width, width)))
+        while width < 8192 and compute < alone / 2:  # from below: larger products never take more than their cube
+            width = min(8192, 128 * (1 + int(width / 128 * (alone / compute) ** (1 / 3))))
             compute = self.seconds(*self.compiled(lambda s, t: [products(s[0])], (width, width)))
         step = lambda s, t: [mix(s[0], t), products(s[1])]  # noqa: E731
         both = self.seconds(*self.compiled(step, (size,), (width, width)))
