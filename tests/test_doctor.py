@@ -149,7 +149,7 @@ def test_two_processes_examine_together(tmp_path):
         "crossover_jax",
         "doctor",
         "--megabytes",
-        "0.5",
+        "0.1",
         "--devices",
         "2",
         "--processes",
@@ -162,7 +162,7 @@ def test_two_processes_examine_together(tmp_path):
         for i in range(2)
     ]
     try:
-        first, second = (process.communicate(timeout=150)[0] for process in started)
+        first, second = (process.communicate(timeout=600)[0] for process in started)
     finally:
         [process.kill() for process in started]
     assert [process.returncode for process in started] == [0, 0]
