@@ -210,7 +210,7 @@ def findings(report: Report) -> Iterator[str]:
             if (times := x["seconds"] / exchanges[0]["seconds"]) > 1:
                 yield f"{name} takes {times:.1f} times as long as float32 on this link: leave `wire` out"
         elif times > 1.5:
-            advice = "try `in_flight=1`" if "crossover" in x["name"] else "plan with what was measured"
+            advice = "try `in_flight=1`" if x["name"] == "crossover" else "plan with what was measured"
             yield f"{name} takes {times:.1f} times what `plan` expects: {advice}"
     if report["beside"]["hidden"] < 0.5:
         yield "an exchange hides little beside products: take `mix_after`, or measure your own step both ways"
