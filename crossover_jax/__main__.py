@@ -1,7 +1,8 @@
 """What a topology and links promise, before anything is trained, and how the islands of a run are.
 
 `python -m crossover_jax describe NAME --workers N`: what a topology promises.
-`python -m crossover_jax plan --params M --workers N --compute-ms T --dcn-gbps B`: which algorithm pays on such links.
+`python -m crossover_jax plan --params M --workers N --compute-ms T --dcn-gbps B`: what to take on such links.
+`python -m crossover_jax doctor`: what exchanges are and take on these devices.
 `python -m crossover_jax islands ROSTER`: the islands of a run; `islands keys DIR NAME`: their keys.
 """
 
@@ -9,11 +10,15 @@ import argparse
 import difflib
 import inspect
 import json
+import pathlib
 import sys
 from collections.abc import Callable
 
-from crossover_jax import plan, topology
+import jax
+
+from crossover_jax import doctor, plan, topology
 from crossover_jax.islands import view
+from crossover_jax.mesh import make_mesh
 from crossover_jax.text import as_table
 from crossover_jax.topology.describe import as_text, describe, draw
 
@@ -62,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chips", type=int, default=1, help="chips of a worker, which average gradients (default: 1)")
     command.add_argument("--ici-gbps", type=float, help="rate of a chip's link to the others of its worker")
     command.add_argument("--ici-us", type=float, default=1.0, help="latency of that link (default: 1)")
+    command = commands.add_parser("doctor", help="try exchanges on these devices, in two minutes")
+    command.set_defaults(run=_run_doctor)
+    command.add_argument("--workers", type=int, help="how many (default: one for each device)")
+    command.add_argument("--megabytes", type=float, default=32.0, help="of the larger message (default: 32)")
+    command.add_argument("--devices", type=int, help="virtual CPU devices of this process")
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="where the first of several processes listens")
+    command.add_argument("--processes", type=int, help="how many of them")
+    command.add_argument("--process", type=int, help="which of them this one is")
+    command.add_argument("--distributed", action="store_true", help="let JAX find the other processes, as on a pod")
+    command.add_argument("--out", metavar="FILE", help="all that was found as JSON, to send")
     view.add_commands(commands)
     return parser
 
@@ -93,6 +108,23 @@ def _run_plan(args: argparse.Namespace) -> str:
     return f"{text}\n\nLess often, per step; what it costs in accuracy is another question:\n\n{outer}"
 
 
+def _run_doctor(args: argparse.Namespace) -> str:
+    _require("megabytes", args.megabytes, args.megabytes > 0, "be positive")
+    if args.devices is not None:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    if args.coordinator or args.distributed:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPU devices; others have their own
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+    workers = jax.device_count() if args.workers is None else args.workers
+    inner = {"device": jax.device_count() // workers} if 0 < workers < jax.device_count() else None
+    report = doctor.examine(make_mesh(workers, inner), megabytes=args.megabytes)
+    if jax.process_index():
+        return f"process {jax.process_index()} is done; the first one tells."
+    if args.out:
+        pathlib.Path(args.out).write_text(json.dumps(report, indent=1))
+    return doctor.as_text(report)
+
+
 def _require(name: str, value: float | int | None, holds: bool, requirement: str) -> None:
     if not holds:
         got = "nothing" if value is None else f"{value:g}"
@@ -118,7 +150,7 @@ def _text_of_plan(
     fewer = [(own.gossiping, own.members, _time(own.averaging), _time(own.step)) for own in groups]
     return f"""{title}
 
-{_table_of_ways(found, tokens)}
+{_advice(params, workers, compute, link, inside)}{_table_of_ways(found, tokens)}
 
 Crossover, during, saves 5 % of the step of AllReduce beside the backward pass, both in float32, \
 {_rates(plan.where_it_pays(params, workers, compute, link, inside))}.
@@ -126,6 +158,14 @@ Crossover, during, saves 5 % of the step of AllReduce beside the backward pass, 
 The same workers in groups whose members average gradients over the same links (float32, during):
 
 {as_table(("gossiping", "members", "averaging", "step"), fewer)}"""
+
+
+def _advice(params: float, workers: int, compute: float, link: plan.Link, inside: float) -> str:
+    if not compute:  # nothing to hide an exchange behind
+        return ""
+    advice = plan.recommend(params, workers, compute, link, inside)
+    members = f", each of {advice.members} that average gradients" if 1 < advice.gossiping < workers else ""
+    return f"Take  {advice.take}{members}: {_time(advice.step)} a step.\n{advice.reason}\n\n"
 
 
 def _time(seconds: float) -> str:

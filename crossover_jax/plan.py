@@ -148,16 +148,69 @@ class Groups(NamedTuple):
     step: float  # seconds
 
 
-def groups(params: float, workers: int, compute: float, link: Link, inside: float = 0.0) -> list[Groups]:
-    """The same workers as fewer that gossip (float32, `during`), their members averaging over the same links.
+def groups(
+    params: float, workers: int, compute: float, link: Link, inside: float = 0.0, each: float = 4.0, rounds: int = 1
+) -> list[Groups]:
+    """The same workers as fewer that gossip (`during`), their members averaging gradients over the same links.
 
-    For every number of members that divides `workers`. Of a worker's model each member sends its part; first averages,
-    beside the backward pass, then parameters have the link.
+    For every number of members that divides `workers`. Of a worker's model each member sends its part, `each` bytes for
+    a parameter in each of the `rounds`; first averages, beside the backward pass, then parameters have the link.
     """
     found = []
     for members in (m for m in range(workers // 2, 0, -1) if workers % m == 0):
         averaging = allreduce_seconds(4 * params, members, link)  # 0 for one
-        sending = averaging + gossip_seconds(4 * params / members, link)
+        sending = averaging + gossip_seconds(each * params / members, link, rounds)
         step = max(compute, (1 - BACKWARD) * compute + inside + averaging, sending)
         found.append(Groups(workers // members, members, averaging, step))
     return found
+
+
+class Advice(NamedTuple):
+    """What to take, and why."""
+
+    take: str  # as one writes it
+    gossiping: int  # workers; 1: none, all average their gradients
+    members: int  # of each of them
+    wire: str
+    step: float  # seconds
+    reason: str
+
+
+MANY = 32  # workers, from which on one exchange per step was less accurate than three in int8: docs/results.md
+
+
+def recommend(params: float, workers: int, compute: float, link: Link, inside: float = 0.0) -> Advice:
+    """The algorithm that changes least of those whose step is at most 5 % longer than one without an exchange.
+
+    AllReduce changes nothing. Else as few workers gossip as can, the others being members that average gradients over
+    the same links; then as wide a wire as can. Three rounds in int8 come before one of any wire from 32 workers on.
+    Where no exchange at every step fits, all workers take outer steps, overlapped and in int8, as often as can.
+
+    It knows no memory and no accuracy (docs/results.md). Raises `ValueError` where `ways` does, and without compute.
+
+    >>> advice = recommend(25.6e6, 8, compute=0.2, link=Link(rate=1.25e9, latency=5e-5))
+    >>> advice.take, advice.gossiping, advice.members
+    ('mix_during(opt, crossover(2))', 2, 4)
+    """
+    if compute <= 0:
+        raise ValueError(f"`compute` must be positive to hide an exchange behind, got {compute:g}.")
+    found = {(way.name, way.wire): way for way in ways(params, workers, compute, link, inside)}
+    allreduce = found["allreduce, beside the backward pass", "float32"].step
+    longest = 1.05 * max(compute, (1 - BACKWARD) * compute + inside)
+    if allreduce <= longest:
+        return Advice("allreduce_sgd(opt)", 1, workers, "float32", allreduce, "An all-reduce hides behind compute.")
+    reason = f"An all-reduce would make a step {allreduce / longest * 1.05:.3g} times as long as its compute"
+    for gossiping in (own.gossiping for own in groups(params, workers, compute, link, inside)):
+        for wire, rounds in [("int8", 3)] * (gossiping >= MANY) + [(wire, 1) for wire in BYTES]:
+            own = groups(params, workers, compute, link, inside, BYTES[wire], rounds)
+            (step,) = (one.step for one in own if one.gossiping == gossiping)
+            if step <= longest:
+                mix = f"crossover({gossiping}{'' if wire == 'float32' else f', wire={wire!r}'})".replace("'", '"')
+                mix = mix if rounds == 1 else f"repeat({rounds}, {mix})"
+                reason += f"; {gossiping} workers are the fewest whose exchange hides, {wire} the widest wire."
+                return Advice(f"mix_during(opt, {mix})", gossiping, workers // gossiping, wire, step, reason)
+    seconds = gossip_seconds(BYTES["int8"] * params, link)
+    every = math.ceil(seconds / longest)
+    take = f'outer(opt, outer_opt, crossover({workers}, wire="int8"), every={every}, overlap=True)'
+    reason += f", and no exchange hides behind one step; one in int8 hides behind {every}."
+    return Advice(take, workers, 1, "int8", max(longest / 1.05, seconds / every), reason)

@@ -32,10 +32,12 @@ CONTENTS = {
         "islands",
         "islands_security",
         "scaling",
+        "gpus",
+        "faq",
         "api",
     ],
     "What was found": ["results", "performance", "reliability"],
-    "Behind it": ["design", "application", "log", "contributing", "changes"],
+    "Behind it": ["paper", "design", "application", "log", "contributing", "changes"],
 }
 PARTS = {
     name: f"{name.replace('.', '/')}/__init__.py"
@@ -70,7 +72,7 @@ def rewritten(text: str, page: str) -> str:
             return f"[{told}]({names[whole]}{'#' if anchor else ''}{anchor})"
         if found := re.fullmatch(r"examples/(\w+)\.py", whole):
             return f"[{told}](examples.md#{found[1]})"
-        return match[0] if whole.endswith(".svg") else told
+        return f"[{told}]({posixpath.basename(whole)})" if whole.endswith(".svg") else told  # all lie side by side
 
     text = re.sub(r"\[([^\]]+)\]\((?!https?:)([^)\s]+)\)", link, text)
     return text.replace("```console", "```text")  # commands with a $ before them and no output

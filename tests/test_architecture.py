@@ -35,7 +35,8 @@ ALLOWED = {  # what of ours each part of the library may import
     "copies": {"axes", "deprecated", "leaves", "mesh"},
     "workers": {"axes", "deprecated", "guard", "leaves", "mesh"},
     "islands": {"cuts", "leaves", "text", "topology", "wire"},
-    "__main__": {"topology", "plan", "text", "islands"},
+    "doctor": {"cuts", "mixing", "plan", "text", "topology", "workers"},
+    "__main__": {"topology", "plan", "text", "islands", "doctor", "mesh"},
 }
 LIBRARIES = {"jax", "numpy", "optax", "jaxtyping"}
 EXTRAS = {
@@ -115,8 +116,10 @@ def test_files_and_functions_hold_one_idea():
             assert length <= 45, f"{name} in {path.name} has {length} lines"
     lines = {path: len(path.read_text().splitlines()) for path in (ROOT / "crossover_jax").rglob("*.py")}
     of_islands = sum(count for path, count in lines.items() if "islands" in path.parts)
-    assert of_islands <= 2750  # 300 of them for several hosts of one island, and what a newcomer begins with
-    assert sum(lines.values()) - of_islands <= 4850
+    # 300 of them for several hosts of one island, and what a newcomer begins with.
+    assert of_islands <= 2750
+    # 300 of them for the doctor and what `plan` recommends, which no program imports.
+    assert sum(lines.values()) - of_islands <= 5190
 
 
 def test_private_names_of_jax_and_versions_are_in_no_room_but_axes():

@@ -1,5 +1,6 @@
 """What the pages say is so: their programs run, links lead somewhere, commands, files and config keys exist."""
 
+import csv
 import importlib.util
 import pathlib
 import re
@@ -89,6 +90,20 @@ def test_the_page_that_chooses_has_its_figures_from_the_results():
     measured = (ROOT / "docs/results.md").read_text() + (ROOT / "docs/language_models.md").read_text()
     assert len(figures) > 8
     assert [figure for figure in figures if figure.strip() not in measured] == []
+
+
+def test_the_learning_rates_of_the_language_model_page_are_the_study_s():
+    page = (ROOT / "docs" / "language_models.md").read_text()
+    shown = [re.findall(r"\d?\.\d+", line) for line in page.splitlines() if re.match(r"\| \.\d{3} \|", line)]
+    arms = ("allreduce", "three rounds in int8 corrected")
+    with open(ROOT / "experiments/results/lm_frontier.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["stage"] == "tuning" and row["step"] == "1600"]
+    measured = {(row["arm"], float(row["learning_rate"])): float(row["bits_per_byte"]) for row in rows}
+    assert len(shown) == 3
+    for rate, *of_arms in shown:
+        assert of_arms == [f"{measured[arm, float(rate)]:.4f}" for arm in arms]
+    for arm in arms:
+        assert min((bits, rate) for (own, rate), bits in measured.items() if own == arm)[1] == 0.016
 
 
 def test_the_readme_is_short():

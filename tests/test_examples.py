@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from crossover_jax import mixing
+from crossover_jax import islands, mixing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = [path.stem for path in sorted((ROOT / "examples").glob("*.py"))]
-STEPS = 4
+STEPS = {"islands": 150}  # else 4: what goes on in the background takes time
 ALONE = {  # what else must change for the one worker that is plain optax
     "outer_steps": ("outer_optimizer = .*", "outer_optimizer = None  # new"),  # else the one worker takes outer steps
     "own_topology": ("pool = .*", "pool = Pool.from_peers(np.zeros((1, 1, 1), int), 0.5)  # new"),
@@ -26,13 +26,15 @@ ALONE = {  # what else must change for the one worker that is plain optax
 every_example = pytest.mark.parametrize("name", NAMES)
 
 
-def source_of(name, steps=STEPS):
+def source_of(name):
     """For a few steps. The devices are those of the tests."""
     source = (ROOT / "examples" / f"{name}.py").read_text()
     source = re.sub(r"^jax\.config\.update\(\"jax_num_cpu_devices\".*\n", "", source, flags=re.MULTILINE)
     source = re.sub(r"^length = 16", "length = 2", source, flags=re.MULTILINE)
     source = source.replace("layers = 32, 64, 2", "layers = 32, 64, 1")  # most of the time is its compilation
-    source, count = re.subn(r"^(\w+, steps = .*), \d+(?=$|  #)", rf"\1, {steps}", source, flags=re.MULTILINE)
+    source, count = re.subn(
+        r"^(\w+, steps = .*), \d+(?=$|  #)", rf"\1, {STEPS.get(name, 4)}", source, flags=re.MULTILINE
+    )
     assert count == 1
     return source
 
@@ -96,6 +98,10 @@ def test_workers_exchange(name, monkeypatch):
     """Beside the same program in which every exchange gives back what it was given."""
     for form in ("channels", "index", "switch"):
         monkeypatch.setattr(mixing, f"exchange_by_{form}", lambda arrays, *args: arrays)
+    exchange = islands.Island.exchange
+    monkeypatch.setattr(
+        islands.Island, "exchange", lambda self, params, state: exchange(self, params, state) and params
+    )
     assert apart(ran(name)[1]) < 0.8 * apart(run(source_of(name), name)[1])
 
 

@@ -1,8 +1,11 @@
 """What a step takes on given links, against counts by hand."""
 
+import math
 import pathlib
 import re
 
+import numpy as np
+import optax
 import pytest
 
 from crossover_jax import plan
@@ -133,6 +136,69 @@ def test_the_command_prints_the_table_and_refuses_in_one_line(capsys):
         main(given[:-2])
     assert ended.value.code == 2
     assert "the following arguments are required: --dcn-gbps" in capsys.readouterr().err
+
+
+def by_trying_all(params, workers, compute, link, inside):
+    """Every choice there is, from the equations; the least change of those that fit."""
+    ring = lambda n: math.ceil(math.log2(n)) * link.latency + 2 * (n - 1) / n * 4 * params / link.rate
+    work = max(compute, compute / 3 + inside)
+    choices = {(0,): ("allreduce", 1, "float32", max(compute, compute / 3 + inside + ring(workers)))}
+    bits = {"float32": 32, "bfloat16": 16, "int8": 8 + 32 / 256}
+    for gossiping in range(2, workers + 1):
+        members = workers // gossiping
+        if gossiping * members == workers:
+            options = [(rank, wire, 1) for rank, wire in enumerate(bits)]
+            for rank, wire, rounds in [*options, *([(-1, "int8", 3)] if gossiping >= 32 else [])]:
+                exchange = rounds * (link.latency + bits[wire] / 8 * params / members / link.rate)
+                step = max(compute, compute / 3 + inside + ring(members), ring(members) + exchange)
+                choices[1, gossiping, rank] = (f"{rounds} rounds", gossiping, wire, step)
+    for every in range(1, 3000):
+        step = max(work, (link.latency + bits["int8"] / 8 * params / link.rate) / every)
+        choices[2, every] = (f"every {every}", workers, "int8", step)
+    return choices[min(key for key, (*_, step) in choices.items() if step <= 1.05 * work)]
+
+
+def test_what_is_recommended_is_found_by_trying_all():
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(300):
+        workers, compute = int(rng.choice([2, 3, 8, 12, 32, 64, 96])), 10 ** rng.uniform(-2, 0.5)
+        link = plan.Link(10 ** rng.uniform(7, 10), 10 ** rng.uniform(-5, -2))
+        inside = float(rng.choice([0.0, 0.3, 0.9])) * compute
+        advice = plan.recommend(1e7, workers, compute, link, inside)
+        name, gossiping, wire, step = by_trying_all(1e7, workers, compute, link, inside)
+        assert (advice.gossiping, advice.wire) == (gossiping, wire)
+        assert advice.step == pytest.approx(step)
+        assert advice.gossiping * advice.members == workers
+        rounds = re.search(r"repeat\((\d)", advice.take)
+        every = re.search(r"every=(\d+)", advice.take)
+        shown = f"every {every[1]}" if every else f"{rounds[1] if rounds else 1} rounds"
+        assert ("allreduce" if "allreduce" in advice.take else shown) == name
+        seen.add((name.split()[0] if "every" in name else name, wire))
+    assert seen == {("allreduce", "float32"), ("every", "int8"), ("3 rounds", "int8")} | {
+        ("1 rounds", wire) for wire in ("float32", "bfloat16", "int8")
+    }
+
+
+@pytest.mark.parametrize("rate", [1e10, 1.25e9, 2.5e8, 1e8, 1e5])
+@pytest.mark.parametrize("workers", [2, 8, 64])
+def test_what_is_recommended_can_be_written_so(workers, rate):
+    import crossover_jax as cj
+
+    advice = plan.recommend(25.6e6, workers, 0.2, plan.Link(rate, 5e-5))
+    made = eval(advice.take, vars(cj) | {"opt": optax.sgd(0.1), "outer_opt": optax.sgd(0.7)})
+    assert isinstance(made, cj.Algorithm)
+
+
+def test_the_command_says_what_to_take_and_why(capsys):
+    given = ["plan", "--params", "25.6e6", "--workers", "64", "--compute-ms", "200", "--dcn-gbps"]
+    assert main([*given, "10"]) == 0
+    shown = capsys.readouterr().out
+    assert "Take  mix_during(opt, crossover(16)), each of 4 that average gradients: 200 ms a step.\n" in shown
+    assert "An all-reduce would make a step 1.14 times as long as its compute; 16 workers are the fewest" in shown
+    assert main([*given, "25"]) == 0
+    assert "Take  allreduce_sgd(opt): 200 ms a step.\nAn all-reduce hides" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`compute` must be positive to hide an exchange behind, got 0"):
+        plan.recommend(1e6, 4, 0.0, LINK)
 
 
 WAYS = {  # of the table of docs/choose.md: what `plan` calls them

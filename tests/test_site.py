@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import crossover_jax as cj
@@ -56,6 +57,28 @@ def test_every_page_is_in_the_contents_and_every_link_leads_to_one(site, sources
             assert (sources / (target.partition("#")[0] or path.name)).exists(), (path.name, target)
     for name in ("first", "fsdp_decoder"):
         assert (ROOT / "examples" / f"{name}.py").read_text() in (sources / "examples.md").read_text()
+
+
+def test_pictures_are_there_and_that_of_an_exchange_is_what_its_pool_says(sources):
+    for name in ("index", "start", "paper"):
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (sources / f"{name}.md").read_text()):
+            assert (sources / picture).exists(), (name, picture)
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    text = (ROOT / "docs" / "exchange.svg").read_text()
+    assert text == pictures.exchange()
+    pool, table = pictures.drawn()
+    curves = re.findall(r"M\d+ (\d+)C.* (\d+)\" fill=\"none\" stroke=\"(.*?)\"", text)
+    rows = sorted({int(start) for start, _, _ in curves})
+    arrows = [(rows.index(int(start)), rows.index(int(end))) for start, end, _ in curves]
+    n = len(rows)
+    for s, p in enumerate(table[0]):
+        drawn = np.zeros((n, n))
+        for j, i in arrows[s * n : (s + 1) * n]:
+            drawn[i, [i, j]] = 0.5
+        np.testing.assert_array_equal(drawn, pool.matrix(p))
+    assert [pictures.COLOURS[j] for j, _ in arrows] == [colour for _, _, colour in curves]
 
 
 @pytest.mark.tools
