@@ -1,4 +1,4 @@
-"""What the studies compare with, written from its equations: NoLoCo, DES-LOC, and the oracle of `gossip_adamw`."""
+"""Algorithms of others, written from their equations to be compared with: NoLoCo and DES-LOC."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 import crossover_jax as cj
 from crossover_jax import topology
@@ -116,30 +115,3 @@ def des_loc(
         return new, jax.tree.map_with_path(mixed, state, is_leaf=is_moment)
 
     return cj.Algorithm(init, update)
-
-
-def scale_by_oracle_adam(b1: float, b2: float, eps: float = 1e-8, axis: str = "worker") -> optax.GradientTransformation:
-    """Adam whose second moment is that of the average gradient, by an all-reduce over `axis`, which must be bound.
-
-    m <- β1 m + (1 − β1) g, v <- β2 v + (1 − β2) ḡ². It is what `crossover_jax.scale_by_gossip_adam` estimates, at the
-    price of AllReduce: what is still lost beside AllReduce is lost elsewhere. With one worker it is
-    `optax.scale_by_adam`.
-
-    >>> tx, grads = scale_by_oracle_adam(0.9, 0.99), jnp.array([1.0, -1.0])
-    >>> updates, _ = jax.vmap(lambda g: tx.update(g, tx.init(g)), axis_name="worker")(grads)  # the average is 0
-    >>> bool((jnp.abs(updates) > 1e7).all())
-    True
-    """
-    adam = optax.scale_by_adam(b1, b2, eps)
-
-    def update(updates, state, params=None):
-        del params
-        mean = lax.pmean(updates, axis)
-        own: Any = state  # optax leaves open what a state is
-        new: Any = adam.update(mean, own)[1]
-        count, mu = new.count, optax.tree.update_moment(updates, own.mu, b1, 1)
-        m_hat, v_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(new.nu, b2, count)
-        steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), m_hat, v_hat)
-        return steps, new._replace(mu=mu)
-
-    return optax.GradientTransformation(adam.init, update)

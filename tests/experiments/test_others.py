@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import crossover_jax as cj
 from experiments import data, others
 from experiments.configs import lm
-from experiments.optimizers import make_optimizer
+from experiments.optimizers import make_optimizer, scale_by_oracle_adam
 from experiments.program import make_program, wire_bytes_per_step
 from experiments.settings import check_settings
 from tests.experiments.helpers import changed
@@ -152,7 +152,7 @@ def test_bytes_per_step_are_those_of_the_equations(algorithm, own, models):
 def test_the_oracle_divides_by_the_second_moment_of_the_average_gradient(place):
     steps, rate, b1, b2 = 5, 0.1, 0.8, 0.9
     with jax.enable_x64(True):
-        optimizer = optax.chain(others.scale_by_oracle_adam(b1, b2, eps=0.0), optax.scale(-rate))
+        optimizer = optax.chain(scale_by_oracle_adam(b1, b2, eps=0.0), optax.scale(-rate))
         seen, _ = run(cj.mix_after(optimizer, cj.gossip(LATIN, CUT, TABLE)), place, steps)
     x = first()
     m = v = over(np.zeros_like, x)
