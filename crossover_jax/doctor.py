@@ -155,8 +155,7 @@ class Trial(NamedTuple):
         while width < 8192 and compute < alone / 2:  # from below: larger products never take more than their cube
             width = min(8192, 128 * (1 + int(width / 128 * (alone / compute) ** (1 / 3))))
             compute = self.seconds(*self.compiled(lambda s, t: [products(s[0])], (width, width)))
-        step = lambda s, t: [mix(s[0], t), products(s[1])]  # noqa: E731
-        both = self.seconds(*self.compiled(step, (size,), (width, width)))
+        both = self.seconds(*self.compiled(lambda s, t: [mix(s[0], t), products(s[1])], (size,), (width, width)))
         hidden = (alone + compute - both) / min(alone, compute)
         return {"exchange": alone, "compute": compute, "both": both, "hidden": min(1.0, max(0.0, hidden))}
 

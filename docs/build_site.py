@@ -79,7 +79,7 @@ def rewritten(text: str, page: str) -> str:
 
 
 def title_of(page: str) -> str:
-    return re.search(r"^# (.*)", (ROOT / page).read_text(), re.MULTILINE)[1]  # pyrefly: ignore
+    return re.search(r"^# (.*)", (ROOT / page).read_text(), re.MULTILINE)[1]  # pyrefly: ignore  # each has one
 
 
 def examples() -> str:

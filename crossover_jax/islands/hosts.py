@@ -98,21 +98,20 @@ class Hosts:
     # What the first one says
 
     def agree(self, word: Word) -> Word:
-        """What the first host has said at the call before; called by all of them. One host is told what it says."""
+        """What the first host has said at the call before, the first time now; one host is told what it says."""
         if self.count == 1:
             return word
         said, own = self._said, np.array([word.total], np.float64).view(np.uint32)
         own = np.concatenate([own, np.array(word[1:], np.uint32)])
         self._said = self.in_order(self._told(self.with_rows(np.tile(own, len(self.own)))))
-        if said is None:
-            return Word(word.total)
-        found = np.asarray(said)
+        found = np.asarray(self._said if said is None else said)  # behind `tell` there is no call before
         return Word(found[:2].view(np.float64).item(), *map(bool, found[2:]))
 
     def tell(self, head: dict[str, Any], body: bytes | bytearray = b"", longest: int = 0) -> tuple[dict, np.ndarray]:
         """What the first host has said, and up to `longest` bytes; all wait for it."""
         if self.count == 1:
             return head, np.frombuffer(body, np.uint8)
+        self._said = None  # of a life that has ended
         whole = _padded(json.dumps(head).encode() + b"\0", HEAD_BYTES)
         said = multihost_utils.broadcast_one_to_all(whole, is_source=self.is_first)
         head = _head(said)

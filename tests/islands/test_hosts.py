@@ -49,6 +49,7 @@ def test_hosts_exchange_each_their_rows_and_hold_the_same_model(tmp_path, wire):
             assert first[key] == second[key], (name, key)
         assert first["places"] == [["d"], []]
         for host in (first, second):
+            assert host["away"] == 1
             assert host["status"]["exchanged"] > 20
             assert not host["status"]["errors"]
     assert found["b", 0]["status"]["origin"].startswith("a, at its step")
