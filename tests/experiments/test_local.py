@@ -12,6 +12,8 @@ import time
 import pytest
 
 from experiments.launch import local
+from tests.experiments import stand_in
+from tests.experiments.stand_in import is_alive, wait_until
 
 # Processes that a launcher starts and signals: run by `make test-tools`.
 pytestmark = pytest.mark.tools
@@ -34,16 +36,8 @@ called = {"args": sys.argv[1:], "flags": flags, "pid": os.getpid(), "devices": o
 (folder / f".{own}").rename(folder / f"{start}-{own}")
 while len(list(folder.glob(f"{start}-*"))) < int(flags["num_processes"]):
     time.sleep(0.01)
-if isinstance(todo, int):
-    sys.exit(todo)
-if todo.startswith("SIG"):
-    os.kill(os.getpid(), getattr(signal, todo))
-for _ in range(1000):  # not for ever, should the launcher forget this process
-    if told and todo != "ignore":
-        sys.exit(75)
-    time.sleep(0.02)
-sys.exit(99)
 """
+STAND_IN += stand_in.AS_TOLD
 WIDE = local.Shape(4, 8, devices=2, batch_size=256, eval_batch_size=1024)
 
 
@@ -67,13 +61,6 @@ def starts(folder):
     """What the processes of each start were called with, `[start][process]`."""
     paths = sorted(folder.glob("*-*"))  # of less than ten
     return [[json.loads(p.read_text()) for p in group] for _, group in itertools.groupby(paths, lambda p: p.name[0])]
-
-
-def is_alive(pid):
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def assert_none_is_left(folder):
@@ -291,13 +278,6 @@ def launch(folder):
     for process in launched:
         process.kill()
         process.communicate()
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_sigterm_goes_on_to_all_processes_and_nothing_is_restarted(launch, folder):

@@ -12,6 +12,8 @@ import time
 import pytest
 
 from experiments.launch import local
+from tests.experiments import stand_in
+from tests.experiments.stand_in import is_alive, wait_until
 
 pytestmark = pytest.mark.tools
 
@@ -31,16 +33,8 @@ signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 called = {"flags": flags, "pid": os.getpid(), "devices": os.environ["JAX_NUM_CPU_DEVICES"]}
 (folder / ".start").write_text(json.dumps(called))
 (folder / ".start").rename(folder / f"start-{start}")
-if isinstance(todo, int):
-    sys.exit(todo)
-if todo.startswith("SIG"):
-    os.kill(os.getpid(), getattr(signal, todo))
-for _ in range(1000):  # not for ever, should the launcher forget this process
-    if told and todo != "ignore":
-        sys.exit(75)
-    time.sleep(0.02)
-sys.exit(99)
 """
+STAND_IN += stand_in.AS_TOLD
 
 
 @pytest.fixture
@@ -144,20 +138,6 @@ def launch(folder):
     for process in launched:
         process.kill()
         process.communicate()
-
-
-def is_alive(pid):
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def pids(folder):
