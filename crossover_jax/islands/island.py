@@ -290,7 +290,7 @@ class Island:
         async def founds() -> bool:
             return found if found is not None else await self._blocking(self._roster.may_found, self.name)
 
-        return await first_state(self._node, state, is_restored, self._look_around, founds)
+        return await first_state(self._node, state, is_restored, self._look_around, founds, self._blocking)
 
     async def _beat(self) -> None:
         """Say again and again that this island is there, and look who else is."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from crossover_jax.islands.node import STATE, Node
 from crossover_jax.islands.state import check_state, has_nan, longest_of
@@ -28,11 +29,13 @@ async def first_state(
     is_restored: bool,
     look_around: Callable[[], Awaitable[None]],
     founds: Callable[[], Awaitable[bool]],
+    blocking: Callable[..., Awaitable[Any]],
 ) -> bytes | bytearray:
     """A peer's state in bytes, or none where the own one is what to begin with.
 
     From a peer that has met others, the own checkpoint, a peer's checkpoint, or the seed: in this order. `founds` says
-    whether this island begins the run. Raises `NoState`, and `ValueError` for a peer's state of other shapes.
+    whether this island begins the run; `blocking` calls a function while others are answered. Raises `NoState`, and
+    `ValueError` for a peer's state of other shapes.
     """
     loop, longest = asyncio.get_running_loop(), longest_of(state)
     until, life = loop.time() + node.patience, f"{node.name}@{node.incarnation}"
@@ -48,7 +51,7 @@ async def first_state(
                     with contextlib.suppress(LinkError):
                         head, body = await node.fetch(peer, STATE, longest)
                         check_state(head, state, peer)
-                        if not has_nan(body, state):
+                        if not await blocking(has_nan, body, state):
                             node.origin = f"{peer}, at its step {head.get('steps')}"
                             return body
                         bad.add(peer)
