@@ -25,11 +25,12 @@ from experiments import csv_rows, data, processes
 from experiments.configs import lm
 from experiments.evaluate import make_evaluate
 from experiments.islands.program import make_island_program
-from experiments.islands.virtual import Event, World, train
+from experiments.islands.virtual import Event, World, distances, train
 from experiments.program import make_program, steps_of, train_batches
-from experiments.studies import workers
+from experiments.studies import lm_frontier, workers
 
-COLUMNS = ("arm", "seed", "accuracy", "loss", "bits_per_byte", "consensus_distance", "participation", "seconds", "code")
+DISTANCES = ("consensus_distance", "first_moments", "second_moments")
+COLUMNS = ("arm", "seed", "accuracy", "loss", "bits_per_byte", *DISTANCES, "participation", "seconds", "code")
 STORM = (
     Event(0.1, "slow", (0,), size=5.0),
     Event(0.2, "kill", (1,), 20.0),
@@ -55,14 +56,25 @@ def fashion_mnist() -> ml_collections.ConfigDict:
     return config
 
 
-def language() -> ml_collections.ConfigDict:
+def adamw() -> ml_collections.ConfigDict:
     """The decoder of `configs/lm.py`, whole models in messages as on a mesh with one round."""
     config = lm.get_config()
     config.crossover.rounds, config.crossover.wire = 1, None
     return config
 
 
-PROBLEMS: dict[str, Callable[[], ml_collections.ConfigDict]] = {"fashion_mnist": fashion_mnist, "lm": language}
+def gossip_adamw() -> ml_collections.ConfigDict:
+    """The same with the second moment of the average gradient: each island estimates it by itself."""
+    config = adamw()
+    config.update_from_flattened_dict(lm_frontier.CORRECTED)
+    return config
+
+
+PROBLEMS: dict[str, Callable[[], ml_collections.ConfigDict]] = {
+    "fashion_mnist": fashion_mnist,
+    "lm": gossip_adamw,
+    "lm_adamw": adamw,
+}
 
 
 def spmd(config: ml_collections.ConfigDict) -> dict[str, float]:
@@ -78,7 +90,7 @@ def spmd(config: ml_collections.ConfigDict) -> dict[str, float]:
         state, metrics = program.step(state, program.place_batch([batch]), program.place_step(step))
         jax.block_until_ready(metrics)
     evaluate = make_evaluate(program.predict, program.algorithm, config.num_workers, each=False)
-    return evaluate(num_steps, state, data.eval_batches(eval_set, batch_size=config.eval_batch_size))
+    return evaluate(num_steps, state, data.eval_batches(eval_set, batch_size=config.eval_batch_size)) | distances(state)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -107,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
                 "seed": seed,
                 "accuracy": round(100 * found["eval/mean/accuracy"], 3),
                 "loss": round(found["eval/mean/loss"], 5),
-                "consensus_distance": f"{found['consensus_distance']:.3g}",
+                **{name: f"{found[name]:.3g}" for name in DISTANCES if name in found},
                 "seconds": round(time.perf_counter() - began, 1),
                 "code": processes.code_version(),
             }

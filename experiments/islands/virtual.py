@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 import crossover_jax as cj
 from crossover_jax import islands
@@ -45,6 +47,19 @@ def train(made: IslandProgram, world: World, seed: int) -> dict[str, float]:
         return runner.run(_Run(made, world, seed, folder).run())
 
 
+def distances(state: TrainState) -> dict[str, float]:
+    """How far the workers of a state `[workers, ...]` are apart, in parameters and in Adam's moments, if it has them.
+
+    Of moments it is the distance as a part of their mean's norm.
+    """
+    row = {"consensus_distance": float(cj.consensus_distance(state.params))}
+    for name, field in (("first_moments", "mu"), ("second_moments", "nu")):
+        if (found := optax.tree.get(state.algorithm, field)) is not None:
+            norm = optax.tree.norm(jax.tree.map(lambda x: jnp.mean(x, 0), found))
+            row[name] = float(cj.consensus_distance(found) / norm)
+    return row
+
+
 class _Run:
     def __init__(self, made: IslandProgram, world: World, seed: int, folder: str):
         self.made, self.world, self.seed, self.folder = made, world, seed, folder
@@ -70,8 +85,8 @@ class _Run:
         mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *(s.params for s in self.states.values()))
         first = next(iter(self.states.values()))
         row = self.made.evaluate(0, first._replace(params=mean))
-        stacked = jax.tree.map(lambda *x: np.concatenate(x), *(s.params for s in self.states.values()))
-        row["consensus_distance"] = float(cj.consensus_distance(stacked))
+        stacked = jax.tree.map(lambda *x: np.concatenate(x), *self.states.values())
+        row |= distances(stacked)
         row["participation"] = self.exchanged / max(self.due, 1)
         row["seconds"] = asyncio.get_running_loop().time()
         row["delivered"] = self.clock

@@ -4,7 +4,9 @@ import json
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -13,6 +15,7 @@ from experiments import checkpoint, export, island
 from experiments.configs import lm
 from experiments.islands import virtual
 from experiments.islands.program import make_island_program
+from experiments.step import TrainState
 
 
 @pytest.fixture
@@ -164,3 +167,14 @@ def test_islands_in_virtual_time_are_a_function_of_the_seed_and_survive_a_storm(
     assert one["delivered"] >= 384
     assert one["seconds"] > 15  # a calm run would take 12 steps
     assert 0.1 < one["participation"] < 1
+
+
+def test_distances_of_adams_moments_are_parts_of_their_means_norms():
+    def state(params, mu, nu):
+        moments = optax.ScaleByAdamState(jnp.zeros(2, jnp.int32), {"w": jnp.array(mu)}, {"w": jnp.array(nu)})
+        return TrainState({"w": jnp.array(params)}, {}, ((), moments))
+
+    row = virtual.distances(state([[0.0, 0], [6, 8]], [[1.0, 2], [5, 4]], [[2.0, 2], [2, 2]]))
+    # Means: (3, 4), (3, 3) and (2, 2); both workers are 5, √5 and 0 away from them.
+    assert row == pytest.approx({"consensus_distance": 5, "first_moments": (5 / 18) ** 0.5, "second_moments": 0})
+    assert virtual.distances(TrainState({"w": jnp.ones((2, 1))}, {}, ())) == {"consensus_distance": 0}
