@@ -1,13 +1,21 @@
 """What the pages say is so: their programs run, links lead somewhere, commands, files and config keys exist."""
 
+import argparse
 import csv
+import importlib
 import importlib.util
 import pathlib
 import re
+import shlex
+import sys
+import tomllib
 
+import absl.flags
 import ml_collections
 import pytest
 
+from crossover_jax.__main__ import main as crossover_jax
+from experiments import flags
 from experiments.configs import default
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -123,3 +131,73 @@ def test_commands_files_and_config_keys_exist(page):
         for name in key.split("."):
             assert name in value, key
             value = value[name]
+
+
+def commands(page):
+    """The words of each line of a page's shell blocks, without comments and variables of the environment."""
+    for language in ("bash", "console"):
+        for block in blocks(page, language):
+            for line in block.replace("\\\n", "").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words.pop(0)
+                if words:
+                    yield words
+
+
+class Understood(Exception):
+    pass
+
+
+@pytest.fixture
+def understands(monkeypatch):
+    """Whether a program's own parser takes these words; what behind it would run does not."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Understood
+
+    def check(module, words):
+        program = importlib.import_module(module)
+        if "flags_parser=flags.parse_flags" in pathlib.Path(program.__file__).read_text():
+            monkeypatch.setattr(sys, "argv", [module, *words])  # where ml_collections looks for keys of the config
+            assert flags.parse_flags(sys.argv) == [module], words  # no word is left over
+            for key in [name for name in absl.flags.FLAGS if name.startswith("config.")]:
+                delattr(absl.flags.FLAGS, key)  # or the next command may not have it
+            return
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        with pytest.raises(Understood):
+            program.main(words)
+        monkeypatch.undo()
+
+    return check
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, for a config file
+@pytest.mark.parametrize("page", IN_FORCE, ids=name_of)
+def test_the_commands_of_a_page_are_understood(page, understands, tmp_path, monkeypatch, capsys):
+    """`plan` and `describe` run; of others the flags are parsed, and targets, extras and tests exist."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for words in commands(page):
+        match words:
+            case ["python", "-m", "crossover_jax", "plan" | "describe", *_]:
+                with monkeypatch.context() as elsewhere:
+                    elsewhere.chdir(tmp_path)
+                    assert not crossover_jax(words[3:])
+                assert len(capsys.readouterr().out.splitlines()) > 3, words
+            case ["python", "-m", "crossover_jax", *rest]:
+                understands("crossover_jax.__main__", rest)
+            case ["python", "-m", "pip", *_] | ["pip", *_]:
+                assert set(re.findall(r"\w+", "".join(re.findall(r"\[(.*)\]", words[-1])))) <= set(extras), words
+            case ["python", "-m", module, *rest]:
+                understands(module, rest)
+            case ["python", path, *rest]:
+                understands(path.removesuffix(".py").replace("/", "."), rest)
+            case ["make", *targets]:
+                made = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+                assert set(targets) <= set(made), words
+            case ["pytest", *rest]:
+                (file,) = (ROOT / word for word in rest if word.startswith("tests/"))
+                word = rest[rest.index("-k") + 1] if "-k" in rest else ""
+                assert re.search(rf"def test_\w*{word}", file.read_text()), words
