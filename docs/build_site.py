@@ -25,6 +25,7 @@ OTHERS = {
 CONTENTS = {
     "Use it": [
         "start",
+        "concepts",
         "examples",
         "choose",
         "guide",

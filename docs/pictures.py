@@ -1,18 +1,20 @@
-"""The picture of an exchange that README and design show: `python docs/pictures.py` writes docs/exchange.svg.
+"""The pictures of README and pages, as SVG files in docs: `python docs/pictures.py`.
 
-Who hears whom in it is computed: four workers, three segments, a pool of three shifts, and the first row of its table.
+Who hears whom in them is computed by the library's own pools and tables.
 """
 
+import math
 import pathlib
 
 from crossover_jax.topology import Pool, latin, shuffle
 from crossover_jax.topology.tables import Table
 
 WORKERS, SEGMENTS = 4, 3
-COLOURS = ("#4477aa", "#ee8866", "#44aa77", "#aa4488")  # a worker's
-WIDTH, HEIGHT, LEFT, TOP, ROW = 900, 170, 96, 44, 31  # of the picture; where bars begin; from worker to worker
+COLOURS = ("#4477aa", "#ee8866", "#44aa77", "#aa4488", "#bbaa33", "#66bbdd", "#994433", "#777777")  # a worker's
+WIDTH, HEIGHT, LEFT, TOP, ROW = 900, 170, 96, 44, 31  # of an exchange; where bars begin; from worker to worker
 BAR, GAP, COLUMN, THICK = 76, 84, 268, 20  # of a bar, between its two, from segment to segment; how thick a bar is
 STYLE = 'font-family="sans-serif" font-size="13"'
+POOL_OF, ROUNDS, STEPS = 8, 7, 6  # of pool and table
 
 
 def drawn() -> tuple[Pool, Table]:
@@ -20,33 +22,120 @@ def drawn() -> tuple[Pool, Table]:
 
 
 def exchange() -> str:
-    """The picture as SVG."""
+    """Four workers, three segments, a pool of three shifts, and the first row of its table."""
     pool, table = drawn()
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        "<title>An exchange: each segment of a model goes to another worker, and becomes half of the two</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-    ]
+    parts = []
     for i in range(WORKERS):
-        label = f'x="{LEFT - 12}" y="{TOP + ROW * i + 15}" text-anchor="end" fill="{COLOURS[i]}"'
-        parts.append(f"<text {label} {STYLE}>worker {i}</text>")
+        parts.append(_text(LEFT - 12, TOP + ROW * i + 15, f"worker {i}", anchor="end", colour=COLOURS[i]))
     for s in range(SEGMENTS):
         x, heard = LEFT + s * COLUMN, pool.receive_from[table[0, s], 0].tolist()
         middle = x + BAR + GAP / 2
-        parts.append(f'<text x="{middle:g}" y="24" text-anchor="middle" {STYLE}>segment {s}</text>')
+        parts.append(_text(middle, 24, f"segment {s}"))
         for i, j in enumerate(heard):
             here, there = (TOP + ROW * k + THICK / 2 for k in (j, i))
             curve = f"M{x + BAR} {here:g}C{middle:g} {here:g} {middle:g} {there:g} {x + BAR + GAP} {there:g}"
             parts.append(f'<path d="{curve}" fill="none" stroke="{COLOURS[j]}" stroke-width="3"/>')
-            parts.append(_bar(x, i, BAR, COLOURS[i]))
-            parts.append(_bar(x + BAR + GAP, i, BAR / 2, COLOURS[i]))
-            parts.append(_bar(x + BAR + GAP + BAR / 2, i, BAR / 2, COLOURS[j]))
-    return "\n".join([*parts, "</svg>", ""])
+            parts.append(_bar(x, TOP + ROW * i, BAR, COLOURS[i]))
+            parts.append(_bar(x + BAR + GAP, TOP + ROW * i, BAR / 2, COLOURS[i]))
+            parts.append(_bar(x + BAR + GAP + BAR / 2, TOP + ROW * i, BAR / 2, COLOURS[j]))
+    title = "An exchange: each segment of a model goes to another worker, and becomes half of the two"
+    return _picture(title, WIDTH, HEIGHT, parts)
 
 
-def _bar(x: float, i: int, width: float, colour: str) -> str:
-    return f'<rect x="{x:g}" y="{TOP + ROW * i}" width="{width:g}" height="{THICK}" fill="{colour}"/>'
+def pool() -> str:
+    """The first three rounds of a pool of eight workers: arrows from who speaks to who hears."""
+    rounds, parts = latin(POOL_OF, ROUNDS), []
+    for p in range(3):
+        centre = 150 + 300 * p
+        spots = [
+            (centre + 88 * math.sin(2 * math.pi * i / POOL_OF), 138 - 88 * math.cos(2 * math.pi * i / POOL_OF))
+            for i in range(POOL_OF)
+        ]
+        parts.append(_text(centre, 24, f"round {p}"))
+        for i, j in enumerate(rounds.receive_from[p, 0].tolist()):
+            (x0, y0), (x1, y1) = spots[j], spots[i]
+            part = 1 - 17 / math.hypot(x1 - x0, y1 - y0)  # the arrow ends where the circle begins
+            line = f'x1="{x0:.1f}" y1="{y0:.1f}" x2="{x0 + part * (x1 - x0):.1f}" y2="{y0 + part * (y1 - y0):.1f}"'
+            parts.append(f'<line {line} stroke="{COLOURS[j]}" stroke-width="2" marker-end="url(#a{j})"/>')
+        for i, (x, y) in enumerate(spots):
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="13" fill="{COLOURS[i]}"/>')
+            parts.append(_text(x, y + 4.5, str(i), colour="#ffffff"))
+    heads = "".join(
+        f'<marker id="a{i}" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto" '
+        f'markerUnits="userSpaceOnUse"><path d="M0 0L9 4L0 8z" fill="{colour}"/></marker>'
+        for i, colour in enumerate(COLOURS)
+    )
+    title = "Three rounds of a pool: in each every worker speaks to one other and hears one other"
+    return _picture(title, WIDTH, 250, [f"<defs>{heads}</defs>", *parts])
 
+
+def table() -> str:
+    """Whom worker 0 hears: a row for each step, a column for each segment."""
+    rounds, chosen = latin(POOL_OF, ROUNDS), shuffle(ROUNDS, ROUNDS)
+    parts = [_text(LEFT + 100 * s + 50, 24, f"segment {s}") for s in range(ROUNDS)]
+    for step in range(STEPS):
+        y = 36 + ROW * step
+        parts.append(_text(LEFT - 12, y + 15, f"step {step}", anchor="end"))
+        for s in range(ROUNDS):
+            j = int(rounds.receive_from[chosen[step, s], 0, 0])
+            parts.append(_bar(LEFT + 100 * s + 2, y, 96, COLOURS[j]))
+            parts.append(_text(LEFT + 100 * s + 50, y + 15, f"hears {j}", colour="#ffffff"))
+    title = "A table: at each step each segment of worker 0 hears another worker"
+    return _picture(title, LEFT + 100 * ROUNDS + 20, 36 + ROW * STEPS, parts)
+
+
+def orders() -> str:
+    """When an exchange happens: a row for each algorithm, time from left to right."""
+    gradient, update, sent = "#4477aa", "#44aa77", "#ee8866"
+    rows: dict[str, list[tuple[float, float, int, str]]] = {  # beginning and length in steps, lane, colour
+        "mix_after": [(1.6 * k + d, w, 0, c) for k in range(3) for d, w, c in _step(gradient, update, sent)],
+        "mix_during": [
+            *((1.2 * k + d, w, 0, c) for k in range(4) for d, w, c in _step(gradient, update)),
+            *((1.2 * k, 0.4, 1, sent) for k in range(4)),
+        ],
+        "outer, every=4": [
+            *((1.2 * k + d, w, 0, c) for k in range(4) for d, w, c in _step(gradient, update)),
+            (4.8, 0.4, 0, sent),
+        ],
+        "the same, overlap": [
+            *((1.2 * k + d, w, 0, c) for k in range(4) for d, w, c in _step(gradient, update)),
+            (0, 4.7, 1, sent),
+        ],
+    }
+    unit, left, parts = 140, 150, []
+    for row, (name, bars) in enumerate(rows.items()):
+        y = 42 + 56 * row
+        parts.append(_text(left - 12, y + 15, name, anchor="end"))
+        parts += [_bar(left + unit * x, y + 22 * lane, unit * w - 3, colour, 18) for x, w, lane, colour in bars]
+    for k, (name, colour) in enumerate((("gradient", gradient), ("update", update), ("exchange", sent))):
+        parts.append(_bar(left + 130 * k, 10, 18, colour, 14))
+        parts.append(_text(left + 130 * k + 26, 22, name, anchor="start"))
+    title = "When an exchange happens: after the update, during the gradient, or beside several steps"
+    return _picture(title, WIDTH, 264, parts)
+
+
+def _step(gradient: str, update: str, sent: str = "") -> list[tuple[float, float, str]]:
+    """A step's bars: beginning, length and colour of each."""
+    return [(0, 1, gradient), (1, 0.2, update), *([(1.2, 0.4, sent)] if sent else [])]
+
+
+def _picture(title: str, width: float, height: float, parts: list[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+    ground = f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
+    return "\n".join([head, f"<title>{title}</title>", ground, *parts, "</svg>", ""])
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "middle", colour: str = "") -> str:
+    fill = f' fill="{colour}"' if colour else ""
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{fill} {STYLE}>{text}</text>'
+
+
+def _bar(x: float, y: float, width: float, colour: str, thick: float = THICK) -> str:
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{thick:g}" fill="{colour}"/>'
+
+
+PICTURES = (exchange, pool, table, orders)
 
 if __name__ == "__main__":
-    pathlib.Path(__file__).with_name("exchange.svg").write_text(exchange())
+    for picture in PICTURES:
+        pathlib.Path(__file__).with_name(f"{picture.__name__}.svg").write_text(picture())

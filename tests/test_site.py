@@ -60,14 +60,15 @@ def test_every_page_is_in_the_contents_and_every_link_leads_to_one(site, sources
 
 
 def test_pictures_are_there_and_that_of_an_exchange_is_what_its_pool_says(sources):
-    for name in ("index", "start", "paper"):
+    for name in ("index", "start", "concepts", "paper"):
         for picture in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (sources / f"{name}.md").read_text()):
             assert (sources / picture).exists(), (name, picture)
     spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
     pictures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pictures)
-    text = (ROOT / "docs" / "exchange.svg").read_text()
-    assert text == pictures.exchange()
+    for picture in pictures.PICTURES:
+        assert (ROOT / "docs" / f"{picture.__name__}.svg").read_text() == picture()
+    text = pictures.exchange()
     pool, table = pictures.drawn()
     curves = re.findall(r"M\d+ (\d+)C.* (\d+)\" fill=\"none\" stroke=\"(.*?)\"", text)
     rows = sorted({int(start) for start, _, _ in curves})
