@@ -30,6 +30,7 @@ ALLOW_CONFIG_CHANGE = flags.DEFINE_list(
     "allow_config_change", [], "Keys of the config that may differ from the run in --workdir."
 )
 PROFILE = flags.DEFINE_bool("profile", False, "Record steps 10 to 15 in WORKDIR/profile, for TensorBoard or Perfetto.")
+WANDB = flags.DEFINE_string("wandb", None, "A project of Weights & Biases for the metrics, too: pip install wandb.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for many processes started by hand.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")

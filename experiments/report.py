@@ -24,10 +24,11 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore  # generat
 
 from experiments import processes
 from experiments.progress import Progress
+from experiments.tracking import Wandb
 from experiments.workdir import METRICS, STATUS, Row, append, read_rows, rewrite
 
 EVENTS = "TensorBoard's file"
-TAGS = {  # TensorBoard makes a group of what stands before the first slash
+TAGS = {  # TensorBoard and others make a group of what stands before the first slash
     "epoch": "progress/epoch",
     "examples_per_second": "progress/examples_per_second",
     "tokens_per_second": "progress/tokens_per_second",
@@ -56,7 +57,7 @@ class Events:
         self._writer.flush()
 
     def add(self, row: Row) -> None:
-        values = [Summary.Value(tag=TAGS.get(name, name), simple_value=row[name]) for name in row.keys() - {"step"}]
+        values = [Summary.Value(tag=name, simple_value=row[name]) for name in row.keys() - {"step"}]
         self._write(Event(step=row["step"], summary=Summary(value=values)))
         self._writer.flush()
 
@@ -91,6 +92,7 @@ class Log:
         tokens_per_example: int | None = None,
         first_step: int = 0,
         state: dict[str, Any] | None = None,
+        wandb: Wandb | None = None,
     ):
         self.rows: list[Row] = [] if workdir is None else read_rows(workdir, first_step)
         self.seconds = {"training": 0.0, "evaluation": 0.0}
@@ -108,6 +110,7 @@ class Log:
             self._status = {"began": time.time(), "start": first_step, "step": first_step, "num_steps": num_steps}
             rewrite(workdir / STATUS, json.dumps(self._status))  # behind the rows: who sees it sees those of this run
             self._events = Events(workdir, first_step)
+        self._wandb = wandb
         self._unwritten = ""
         self._progress = Progress(first_step, num_steps, shown=workdir is not None)
         self._last = time.perf_counter()
@@ -168,6 +171,8 @@ class Log:
         self._progress.close()
         if self._workdir is None:
             return
+        if self._wandb is not None:
+            self._wandb.close()
         with saying(EVENTS):
             self._events.close()
         if self.rows:
@@ -183,8 +188,11 @@ class Log:
     def _write(self, row: Row, path: pathlib.Path) -> None:
         if "consensus_distance" in row:
             self._progress.write(_summary(row))
+        grouped = {TAGS.get(name, name): value for name, value in row.items()}
         with saying(EVENTS):  # first: a process that dies between the two leaves no row that TensorBoard has not
-            self._events.add(row)
+            self._events.add(grouped)
+        if self._wandb is not None:
+            self._wandb.add(grouped)
         self._unwritten += json.dumps(row) + "\n"
         with saying(METRICS):
             append(path, self._unwritten)

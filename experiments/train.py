@@ -24,7 +24,7 @@ if not __package__:  # `python experiments/train.py`: import from the folder abo
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 import crossover_jax as cj
-from experiments import checkpoint, data, flags, processes, report
+from experiments import checkpoint, data, flags, processes, report, tracking
 from experiments.checkpoint import Checkpoints, NotSaved
 from experiments.evaluate import make_evaluate
 from experiments.profiling import Profile
@@ -70,6 +70,7 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     resume: Resume = SAME,
     profile: bool = False,
+    wandb: str | None = None,
 ) -> tuple[TrainState, list[report.Row]]:
     """Run the experiment on `devices` (default: all); the workers' last state and the rows of metrics.
 
@@ -78,6 +79,8 @@ def train(
     `NotSaved` and `report.Unwritten` where nothing would be left, and `Preempted` after SIGTERM.
     """
     began = time.perf_counter()
+    if wandb is not None:
+        tracking.library()  # or the mistake would come after the set-up
     with contextlib.ExitStack() as stack:
         workdir = open_run(config, workdir, stack)
         job, start_from = set_up(config, workdir, devices, resume)
@@ -98,7 +101,7 @@ def train(
         processes.say(f"{many}set up in {setup:.0f} s; training {job.num_steps - start.step} steps{behind}")
         while True:
             try:
-                state, log = run(job, start, profile)
+                state, log = run(job, start, profile, wandb)
                 break
             except Diverged as error:
                 attempt = max(attempt, start.rollbacks) + 1
@@ -161,12 +164,14 @@ def set_up(
     return job, partial(first_or_restored, workdir, config, program, train_set, workers, provenance, resume)
 
 
-def run(job: Job, start: Start, profile: bool) -> tuple[TrainState, report.Log]:
+def run(job: Job, start: Start, profile: bool, wandb: str | None) -> tuple[TrainState, report.Log]:
     """All steps from `start` on. Raises `Diverged` and, after SIGTERM, `Preempted`."""
     config, program, workdir = job.config, job.program, job.workdir
+    title = f"{config.algorithm}, {config.num_workers} workers, {config.model.name} on {config.dataset.name}"
+    tracks = wandb is not None and processes.is_first()
     log = report.Log(
         workdir if processes.is_first() else None,
-        title=f"{config.algorithm}, {config.num_workers} workers, {config.model.name} on {config.dataset.name}",
+        title=title,
         num_steps=job.num_steps,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
@@ -175,6 +180,7 @@ def run(job: Job, start: Start, profile: bool) -> tuple[TrainState, report.Log]:
         wire_bytes_per_step=wire_bytes_per_step(program.algorithm, program.shapes.params, config),
         first_step=start.step,
         state=start.log,
+        wandb=tracking.Wandb(wandb, workdir, title, as_json(config)) if tracks else None,
     )
     if processes.is_first():
         with report.saying(CONFIG):
@@ -300,6 +306,7 @@ def main(argv: list[str]) -> None:
             flags.WORKDIR.value,
             resume=Resume(flags.RESUME_WORKERS.value, flags.ALLOW_CONFIG_CHANGE.value),
             profile=flags.PROFILE.value,
+            wandb=flags.WANDB.value,
         )
     except Preempted as error:
         processes.say(str(error))
