@@ -1,6 +1,6 @@
-"""The pictures of README and pages, as SVG files in docs: `python docs/pictures.py`.
+"""The pictures of README and pages, as SVG files in docs: `python -m docs.pictures`.
 
-Who hears whom in them is computed by the library's own pools and tables.
+Who hears whom in them is computed by the library's own pools and tables, what gossip costs from experiments/results.
 """
 
 import math
@@ -8,6 +8,9 @@ import pathlib
 
 from crossover_jax.topology import Pool, latin, shuffle
 from crossover_jax.topology.tables import Table
+from experiments import csv_rows
+from experiments.frontier import final_bits
+from experiments.intervals import paired
 
 WORKERS, SEGMENTS = 4, 3
 COLOURS = ("#4477aa", "#ee8866", "#44aa77", "#aa4488", "#bbaa33", "#66bbdd", "#994433", "#777777")  # a worker's
@@ -15,6 +18,16 @@ WIDTH, HEIGHT, LEFT, TOP, ROW = 900, 170, 96, 44, 31  # of an exchange; where ba
 BAR, GAP, COLUMN, THICK = 76, 84, 268, 20  # of a bar, between its two, from segment to segment; how thick a bar is
 STYLE = 'font-family="sans-serif" font-size="13"'
 POOL_OF, ROUNDS, STEPS = 8, 7, 6  # of pool and table
+RESULTS = pathlib.Path(__file__).parents[1] / "experiments" / "results"
+MODEL = 4 * 151_872  # bytes of the language model of the studies
+ARMS = {  # of them, as they are shown: a name, on which side of its point it stands, and how far below
+    "three rounds in int8 corrected": ("gossip at every step", "end", -8),
+    "gossip outer 8 three rounds in int8": ("gossip every 8", "end", 18),
+    "gossip outer 16 three rounds in int8": ("gossip every 16", "end", -8),
+    "DiLoCo 16": ("DiLoCo every 16", "start", 18),
+    "NoLoCo 16": ("NoLoCo every 16", "start", -8),
+    "allreduce": ("AllReduce", "end", -8),
+}
 
 
 def drawn() -> tuple[Pool, Table]:
@@ -114,6 +127,34 @@ def orders() -> str:
     return _picture(title, WIDTH, 264, parts)
 
 
+def frontier() -> str:
+    """What gossip costs a language model: bits per byte above AllReduce, against what a worker sends."""
+    rows = [row for name in ("lm_frontier", "lm_others") for row in csv_rows.read(RESULTS / f"{name}.csv")]
+    bits, sent = final_bits(rows), {row["arm"]: row["wire_bytes_per_step"] / MODEL for row in rows}
+    left, bottom, wide, high = 90, 250, 780, 2400  # where the axes meet; a decade and a half, and a bit, in pixels
+
+    def x_of(models: float) -> float:
+        return left + wide * math.log(models / 0.03) / math.log(3 / 0.03)
+
+    parts = [_text(left - 10, 16, "bits per byte above AllReduce", anchor="start")]
+    for y in (0.0, 0.02, 0.04, 0.06, 0.08):
+        height = bottom - 25 - high * y
+        parts.append(f'<path d="M{left} {height:g}H{left + wide}" stroke="#dddddd"/>')
+        parts.append(_text(left - 10, height + 4, f"{y:.2f}", anchor="end"))
+    for models in (0.03, 0.1, 0.3, 1.0, 3.0):
+        parts.append(_text(x_of(models), bottom + 18, f"{models:g}"))
+    parts.append(_text(left + wide / 2, bottom + 38, "models that a worker sends per step"))
+    for arm, (name, side, below) in ARMS.items():
+        own, x = paired(bits[arm], bits["allreduce"]), x_of(sent[arm])
+        colour = COLOURS[1] if "LoCo" in arm else "#000000" if arm == "allreduce" else COLOURS[0]
+        y, half = bottom - 25 - high * own.mean, high * own.half
+        parts.append(f'<path d="M{x:.1f} {y - half:.1f}V{y + half:.1f}" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
+        parts.append(_text(x + (10 if side == "start" else -10), y + below, name, anchor=side, colour=colour))
+    title = "Gossip loses nothing at every step, and with outer steps less than DiLoCo for fewer bytes"
+    return _picture(title, WIDTH, bottom + 50, parts)
+
+
 def _step(gradient: str, update: str, sent: str = "") -> list[tuple[float, float, str]]:
     """A step's bars: beginning, length and colour of each."""
     return [(0, 1, gradient), (1, 0.2, update), *([(1.2, 0.4, sent)] if sent else [])]
@@ -134,7 +175,7 @@ def _bar(x: float, y: float, width: float, colour: str, thick: float = THICK) ->
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{thick:g}" fill="{colour}"/>'
 
 
-PICTURES = (exchange, pool, table, orders)
+PICTURES = (exchange, pool, table, orders, frontier)
 
 if __name__ == "__main__":
     for picture in PICTURES:

@@ -12,11 +12,14 @@ import tomllib
 
 import absl.flags
 import ml_collections
+import numpy as np
 import pytest
 
 from crossover_jax.__main__ import main as crossover_jax
-from experiments import flags
+from experiments import csv_rows, flags
 from experiments.configs import default
+from experiments.frontier import final_bits
+from experiments.intervals import paired
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [
@@ -112,6 +115,35 @@ def test_the_learning_rates_of_the_language_model_page_are_the_study_s():
         assert of_arms == [f"{measured[arm, float(rate)]:.4f}" for arm in arms]
     for arm in arms:
         assert min((bits, rate) for (own, rate), bits in measured.items() if own == arm)[1] == 0.016
+
+
+LANGUAGE_MODELS = {  # a row of the page, and the arm of a study
+    "AllReduce": ("lm_frontier", "allreduce"),
+    "gossip, three rounds in int8, `gossip_adamw`": ("lm_frontier", "three rounds in int8 corrected"),
+    "NoLoCo, H = 16": ("lm_others", "NoLoCo 16"),
+    "DiLoCo, H = 16": ("lm_frontier", "DiLoCo 16"),
+    "gossip outer steps, H = 8, three rounds in int8": ("lm_frontier", "gossip outer 8 three rounds in int8"),
+    "gossip outer steps, streamed over 16 steps, float32": ("lm_frontier", "streamed 16"),
+    "gossip outer steps, H = 16, three rounds in int8": ("lm_frontier", "gossip outer 16 three rounds in int8"),
+}
+
+
+def bits_of(study):
+    return final_bits(csv_rows.read(ROOT / "experiments" / "results" / f"{study}.csv"))
+
+
+def test_the_tables_of_the_language_model_page_are_the_studies():
+    page = (ROOT / "docs" / "language_models.md").read_text()
+    bits = {study: bits_of(study) for study in ("lm_frontier", "lm_others")}
+    base = bits["lm_frontier"]["allreduce"]
+    rows = re.findall(r"^\| (.*?) \| [\d.]+ \| ([\d.]+) \| (.*?) ?\| (\d) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(LANGUAGE_MODELS)
+    for name, mean, difference, seeds in rows:
+        study, arm = LANGUAGE_MODELS[name]
+        own = bits[study][arm]
+        assert (mean, seeds) == (f"{np.mean(list(own.values())):.4f}", str(len(own))), name
+        if arm != "allreduce":
+            assert difference == f"{paired(own, base):.4f}".replace("-", "\u2212"), name
 
 
 def test_the_readme_is_short():
