@@ -214,6 +214,13 @@ def test_every_program_is_in_the_table():
     assert {path.stem for path in FOLDER.glob("*.py")} - {"common", "conftest"} == set(SHAPES)
 
 
+def test_the_start_page_says_how_many_lines_each_needs():
+    page = (FOLDER.parents[1] / "docs" / "start.md").read_text()
+    said = dict(re.findall(r"^\| \[`(\w+)`\]\(\.\./tests/trainers/.*\| (\d+) \|$", page, re.MULTILINE))
+    assert said == {name: str(shape.lines) for name, shape in SHAPES.items() if name in said}
+    assert len(said) == 15  # all but L-BFGS
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_lines_that_gossip_adds_or_changes(name):
     original, gossip = code(original_of(name)), code(gossip_of(name))
