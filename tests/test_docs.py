@@ -119,8 +119,8 @@ def test_the_learning_rates_of_the_language_model_page_are_the_study_s():
 
 LANGUAGE_MODELS = {  # a row of the page, and the arm of a study
     "AllReduce": ("lm_frontier", "allreduce"),
-    "gossip, three rounds in int8, `gossip_adamw`": ("lm_frontier", "three rounds in int8 corrected"),
     "gossip, six rounds in int4, `gossip_adamw`": ("lm_frontier", "six rounds in int4 corrected"),
+    "gossip, three rounds in int8, `gossip_adamw`": ("lm_frontier", "three rounds in int8 corrected"),
     "NoLoCo, H = 16": ("lm_others", "NoLoCo 16"),
     "DiLoCo, H = 16": ("lm_frontier", "DiLoCo 16"),
     "gossip outer steps, H = 8, three rounds in int8": ("lm_frontier", "gossip outer 8 three rounds in int8"),
