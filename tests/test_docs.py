@@ -1,7 +1,6 @@
 """What the pages say is so: their programs run, links lead somewhere, commands, files and config keys exist."""
 
 import argparse
-import csv
 import importlib
 import importlib.util
 import pathlib
@@ -103,17 +102,24 @@ def test_the_page_that_chooses_has_its_figures_from_the_results():
     assert [figure for figure in figures if figure.strip() not in measured] == []
 
 
-def test_the_learning_rates_of_the_language_model_page_are_the_study_s():
+@pytest.mark.parametrize(
+    ("study", "steps", "row", "best"),
+    [("lm_frontier", 1600, r"\| (?=\.)", [0.016, 0.032, 0.016]), ("lm_workers", 800, r"\| at ", [0.032, 0.064, 0.016])],
+)
+def test_the_learning_rates_of_the_language_model_page_are_the_studies(study, steps, row, best):
     page = (ROOT / "docs" / "language_models.md").read_text()
-    shown = [re.findall(r"\d?\.\d+", line) for line in page.splitlines() if re.match(r"\| \.\d{3} \|", line)]
-    best = {"allreduce": 0.016, "three rounds in int8": 0.032, "three rounds in int8 corrected": 0.016}
-    with open(ROOT / "experiments/results/lm_frontier.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["stage"] == "tuning" and row["step"] == "1600"]
-    measured = {(row["arm"], float(row["learning_rate"])): float(row["bits_per_byte"]) for row in rows}
-    assert len(shown) == 3
+    shown = [re.findall(r"\d?\.\d+", line) for line in page.splitlines() if re.match(row + r"\.\d{3} \|", line)]
+    rows = csv_rows.read(ROOT / "experiments" / "results" / f"{study}.csv")
+    arms = ("allreduce", "three rounds in int8", "three rounds in int8 corrected")
+    measured = {
+        (row["arm"], row["learning_rate"]): row["bits_per_byte"]
+        for row in rows
+        if row["stage"] == "tuning" and row["step"] == steps
+    }
+    assert len(shown) == (3 if study == "lm_frontier" else 4)
     for rate, *of_arms in shown:
-        assert of_arms == [f"{measured[arm, float(rate)]:.4f}" for arm in best]
-    for arm, rate_of in best.items():
+        assert of_arms == [f"{measured[arm, float(rate)]:.4f}" for arm in arms]
+    for arm, rate_of in zip(arms, best, strict=True):
         assert min((bits, rate) for (own, rate), bits in measured.items() if own == arm)[1] == rate_of
 
 
