@@ -31,8 +31,9 @@ def gossip_adamw(
 ) -> optax.GradientTransformation:
     """`optax.adamw` whose steps are those of Adam on the average gradient of `num_workers`: see `scale_by_gossip_adam`.
 
-    For `mix_after`, `mix_during`, `crossover_sgd` and whatever else exchanges parameters at every step or so. An
-    algorithm whose optimizer sees the average gradient, `allreduce_sgd`, refuses it.
+    For `mix_after`, `mix_during`, `crossover_sgd` and whatever else exchanges parameters at every step or so. Its
+    learning rate is the one that AllReduce has; plain AdamW under gossip needs one up to √n times as high. An algorithm
+    whose optimizer sees the average gradient, `allreduce_sgd`, refuses it.
 
     >>> from crossover_jax import crossover_sgd
     >>> algorithm = crossover_sgd(gossip_adamw(1e-3, num_workers=8), num_workers=8)
