@@ -135,6 +135,7 @@ LANGUAGE_MODELS = {  # a row of the page, and the arm of a study
     "gossip outer steps, H = 16, three rounds in int8": ("lm_frontier", "gossip outer 16 three rounds in int8"),
     "AllReduce of 32": ("lm_workers", "allreduce"),
     "the same gossip of 32, `gossip_adamw`": ("lm_workers", "three rounds in int8 corrected"),
+    "the same gossip of 32, AdamW": ("lm_workers", "three rounds in int8"),
     "the oracle of 32": ("lm_workers", "three rounds in int8 oracle"),
 }
 
