@@ -151,7 +151,9 @@ class Tcp:
         self._waiting[task] = host
         if len(self._waiting) > WAITING:  # of the host that has most of them, the oldest goes
             ((crowded, _),) = collections.Counter(self._waiting.values()).most_common(1)
-            next(task for task, host in self._waiting.items() if host == crowded).cancel()
+            oldest = next(task for task, host in self._waiting.items() if host == crowded)
+            del self._waiting[oldest]
+            oldest.cancel()
 
     async def _answered(
         self, sock: socket.socket, host: str, answer: Callable[[Conversation], Awaitable[None]]
@@ -185,7 +187,16 @@ class Tcp:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=CHUNK, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, **self._secure(server=True))
+        opening = loop.create_task(loop.connect_accepted_socket(lambda: protocol, sock, **self._secure(server=True)))
+        try:
+            transport, _ = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # cancelled before its handshake, it would stay open: so it ends itself
+            (opened,) = await asyncio.gather(opening, return_exceptions=True)
+            if isinstance(opened, tuple):
+                opened[0].abort()
+            raise
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     def _refuse(self, host: str, why: str) -> None:
@@ -201,8 +212,7 @@ class Tcp:
         with _as_link_error(whom):
             host, port = split_address(address)
             secure = self._secure(server=False, check_name=name is not None)
-            if self.tls:
-                secure["server_hostname"] = name or ""
+            secure |= {"server_hostname": name or ""} if self.tls else {}
             async with asyncio.timeout(self.timeout):
                 reader, writer = await asyncio.open_connection(host, port, limit=CHUNK, **secure)
         try:
@@ -223,9 +233,7 @@ class Tcp:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _secure(self, **how: bool) -> dict[str, Any]:
-        if not self.tls:
-            return {}
-        return {"ssl": self.tls.context(**how), "ssl_handshake_timeout": self.timeout}
+        return {"ssl": self.tls.context(**how), "ssl_handshake_timeout": self.timeout} if self.tls else {}
 
     def _keep(self, tasks: set[asyncio.Task], coroutine: Coroutine) -> asyncio.Task:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -325,8 +333,7 @@ def _reason(error: Exception) -> str:
 
 def name_of(certificate: Any) -> str | None:
     """The island's name in a verified certificate."""
-    names = [value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "DNS"]
-    return names[0] if names else None
+    return next((value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "DNS"), None)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -380,3 +381,26 @@ def test_of_those_who_say_nothing_the_host_with_most_loses_its_oldest(tls_of):
 async def tcp_end(task):
     with contextlib.suppress(ConnectionError):
         assert await task == b""
+
+
+def test_whoever_is_closed_while_another_connects_leaves_no_socket_open(tls_of):
+    """At whatever turn of the event loop: asyncio leaves open what is cancelled before its handshake."""
+
+    async def talk(turns):
+        async def answer(conversation):
+            await asyncio.sleep(1)
+
+        async def ask():
+            async with Tcp("127.0.0.1:0", tls=tls_of("b"), timeout=2.0).connect(address, "a"):
+                await asyncio.sleep(1)
+
+        async with served(answer, tls_of("a")) as (_, address):
+            asking = asyncio.create_task(ask())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+    for turns in range(16):
+        run(talk(turns))
+        gc.collect()  # an open socket that nobody holds is a warning, and a warning is an error
