@@ -304,8 +304,8 @@ def test_an_honest_request_is_granted():
             assert heads == [{}, {"outcome": "committed"}]
             assert error == ""
             assert a.node.exchanged > before
-            a.values[:], b.values[:] = 0.0, 0.0  # the sum has changed by what h has given and not taken
 
+    # What h has given and not taken has changed the sum of a and b.
     with pytest.raises(AssertionError, match=r"Mismatched|Not equal"):
         run(talk())
 
