@@ -6,4 +6,5 @@ from crossover_jax.islands.island import Island, LongAway
 from crossover_jax.islands.joining import NoState
 from crossover_jax.islands.observe import gather_mean, look
 from crossover_jax.islands.roster import Roster, Superseded, directory, dns, roster_of, static
-from crossover_jax.islands.transport import LinkError, Tls, Transport
+from crossover_jax.islands.stream import LinkError
+from crossover_jax.islands.transport import Tls, Transport

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 from crossover_jax.islands.layout import Layout
 from crossover_jax.islands.roster import OBSERVER
-from crossover_jax.islands.transport import Head
+from crossover_jax.islands.stream import Head
 
 STATE, PARAMS = "state", "params"
 OTHERS = 64  # names that are not in the roster, whose last errors are kept

@@ -20,7 +20,8 @@ from crossover_jax.islands.node import PARAMS, STATE, Node
 from crossover_jax.islands.payload import Payload
 from crossover_jax.islands.roster import Roster, Superseded, check_name
 from crossover_jax.islands.state import copied, digest_of, longest_of, on_host, state_of
-from crossover_jax.islands.transport import Head, LinkError, Tcp, Tls, Transport
+from crossover_jax.islands.stream import Head, LinkError
+from crossover_jax.islands.transport import Tcp, Tls, Transport
 from crossover_jax.leaves import PyTree
 
 

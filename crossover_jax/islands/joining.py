@@ -8,7 +8,7 @@ from typing import Any
 
 from crossover_jax.islands.node import STATE, Node
 from crossover_jax.islands.state import check_state, has_nan, longest_of
-from crossover_jax.islands.transport import Head, LinkError
+from crossover_jax.islands.stream import Head, LinkError
 from crossover_jax.leaves import PyTree
 
 CHECKPOINT = "a checkpoint"

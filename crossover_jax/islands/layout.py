@@ -14,7 +14,7 @@ class Layout(NamedTuple):
     model: str  # stands for names, shapes and dtypes
     fingerprint: str  # and for cut, wire and protocol
     segments: Sequence[Sequence[tuple[np.dtype, int]]]  # of each vector of a segment, dtype and length
-    mixed: Callable[[int, Segment, Segment], Segment]  # mine + ½ (theirs − mine), as the wire says it
+    mixed: Callable[[int, Segment, Segment, Segment], Segment]  # offered + ½ (theirs − mine), as the wire says it
     largest: Callable[[int, Segment], float]  # magnitude of what a segment says; NaN or infinite if one number is
 
     def size(self, segment: int) -> int:

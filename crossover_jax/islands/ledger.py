@@ -9,7 +9,9 @@ from crossover_jax.islands.layout import Segment
 
 COMMITTED, ABORTED = "committed", "aborted"
 KEPT = 4096  # outcomes that are remembered
-Mixed = Callable[[int, Segment, Segment], Segment]  # (segment, mine, theirs) -> what both are after their exchange
+Mixed = Callable[
+    [int, Segment, Segment, Segment], Segment
+]  # (segment, offered, mine, theirs) -> offered + ½ (theirs − mine)
 
 
 class Publication(NamedTuple):
@@ -31,35 +33,36 @@ class Arrival(NamedTuple):
 class Ledger:
     """One island's side of all exchanges.
 
-    An exchange has an id, and a segment takes part in one exchange at a time. It is on offer only in a publication
-    that was packed after the last difference to it was added: exchanges of older ones diverge, even one at a time.
-    A publication's segment may go through several `rounds`: it is then offered as `mixed` has made it, differences
-    included that are still to be added. What an id came to is decided once. Called by the network's thread and, for
-    `take`, by the training loop's.
+    An exchange has an id, and a segment takes part in one exchange at a time. What is offered has every difference in
+    it: those that were added before it was packed and, by `mixed`, those that are still to be added. Exchanges of
+    anything older diverge, even one at a time. Between two calls of `take` a segment goes through at most `rounds`
+    exchanges. What an id came to is decided once. Called by the network's thread and, for `take`, by the training
+    loop's.
     """
 
-    def __init__(self, num_segments: int, rounds: int = 1, mixed: Mixed | None = None):
+    def __init__(self, num_segments: int, rounds: int, mixed: Mixed):
         self.rounds, self._mixed = rounds, mixed
         self.now: Publication | None = None
         self._packed_from = [0] * num_segments  # the first publication that has the last difference in it
         self._reserved: dict[str, tuple[int, Publication]] = {}  # by the exchange's id
         self._busy: set[int] = set()  # segments that are reserved
-        self._rounds: dict[int, tuple[int, int]] = {}  # of segments with differences to add: publication, how many
+        self._done = [0] * num_segments  # exchanges since `take`
         self._arrived: list[Arrival] = []
         self._outcomes: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def publish(self, publication: Publication) -> None:
         """Offer this publication instead of the last one; what is reserved of that one stays so."""
+        for segment, mine, theirs in self._arrived:
+            if self._done[segment] < self.rounds:
+                publication.segments[segment] = self._mixed(segment, publication.segments[segment], mine, theirs)
         self.now = publication
 
     def is_offered(self, segment: int) -> bool:
         """Whether `reserve` would succeed."""
-        now = self.now
-        if now is None or segment in self._busy or now.number < self._packed_from[segment]:
+        if self.now is None or segment in self._busy or self.now.number < self._packed_from[segment]:
             return False
-        number, done = self._rounds.get(segment, (now.number, 0))
-        return number == now.number and done < self.rounds
+        return self._done[segment] < self.rounds
 
     def reserve(self, segment: int, id: str) -> Publication | None:
         """Keep a segment for this exchange; None if it is not on offer, or the id is known already."""
@@ -73,18 +76,20 @@ class Ledger:
 
     def commit(self, id: str, theirs: Segment) -> bool:
         """Decide that the exchange takes place, once; False if it has been aborted."""
+        if id not in self._reserved:
+            return self._outcomes.get(id) == COMMITTED
+        segment, publication = self._reserved[id]
+        mine, now = publication.segments[segment], self.now
+        assert now is not None
+        if self._done[segment] + 1 < self.rounds:  # else it is not offered before it is packed anew
+            now.segments[segment] = self._mixed(segment, now.segments[segment], mine, theirs)
         with self._lock:
-            if id not in self._reserved:
-                return self._outcomes.get(id) == COMMITTED
-            segment, publication = self._reserved.pop(id)
-            mine, done = publication.segments[segment], self._rounds.get(segment, (0, 0))[1]
             self._arrived.append(Arrival(segment, mine, theirs))
-            self._rounds[segment] = publication.number, done + 1
-            if self._mixed and self.rounds > 1:
-                publication.segments[segment] = self._mixed(segment, mine, theirs)
+            self._done[segment] += 1
             self._busy.discard(segment)
+            del self._reserved[id]
             self._decide(id, COMMITTED)
-            return True
+        return True
 
     def abort(self, id: str) -> str:
         """Decide that the exchange does not take place, if nothing is decided yet; what it came to.
@@ -110,5 +115,5 @@ class Ledger:
             arrived, self._arrived = self._arrived, []
             for arrival in arrived:
                 self._packed_from[arrival.segment] = next_number
-                self._rounds.pop(arrival.segment, None)
+                self._done[arrival.segment] = 0
             return arrived

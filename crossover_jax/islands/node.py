@@ -17,7 +17,8 @@ from crossover_jax.islands.layout import Layout
 from crossover_jax.islands.ledger import ABORTED, COMMITTED, Ledger, Publication, Segment
 from crossover_jax.islands.peers import deal, deal_again
 from crossover_jax.islands.roster import Superseded
-from crossover_jax.islands.transport import Conversation, Head, LinkError, Transport
+from crossover_jax.islands.stream import Head, LinkError
+from crossover_jax.islands.transport import Conversation, Transport
 
 log = logging.getLogger("crossover_jax.islands")
 

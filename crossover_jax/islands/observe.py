@@ -9,10 +9,11 @@ from crossover_jax.islands.layout import Layout
 from crossover_jax.islands.node import PARAMS, Node
 from crossover_jax.islands.payload import Payload
 from crossover_jax.islands.roster import OBSERVER, Roster
-from crossover_jax.islands.transport import Head, LinkError, Tcp, Tls
+from crossover_jax.islands.stream import Head, LinkError
+from crossover_jax.islands.transport import Tcp, Tls
 from crossover_jax.leaves import PyTree
 
-_NOTHING = Layout("", "", (), lambda segment, mine, theirs: mine, lambda segment, bits: 0.0)
+_NOTHING = Layout("", "", (), lambda segment, offered, mine, theirs: offered, lambda segment, bits: 0.0)
 
 
 def look(roster: Roster, *, tls: Tls | None, timeout: float = 10.0) -> dict[str, Head]:

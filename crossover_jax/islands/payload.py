@@ -112,28 +112,28 @@ class Payload:
             leaves[i] = leaf
         return self._tree.unflatten(leaves)
 
-    def mixed(self, k: int, mine: Segment, theirs: Segment) -> Segment:
-        """What the wire says of mine + ½ (theirs − mine), on the host: what is offered to the next peer."""
+    def mixed(self, k: int, offered: Segment, mine: Segment, theirs: Segment) -> Segment:
+        """What the wire says of offered + ½ (theirs − mine), on the host: what is offered to the next peer."""
         return tuple(
-            np.concatenate([self._mix(*rows, says[k]) for rows in zip(self._rows(a), self._rows(b), strict=True)])
-            for a, b, says in zip(mine, theirs, self._says, strict=True)
+            np.concatenate([self._mix(x, a, b, says[k]) for x, a, b in zip(*map(self._rows, bits), strict=True)])
+            for *bits, says in zip(offered, mine, theirs, self._says, strict=True)
         )
 
     def _rows(self, bits: np.ndarray) -> np.ndarray:
         return bits.reshape(len(self.hosts.own), -1)
 
-    def _mix(self, mine: np.ndarray, theirs: np.ndarray, said: Any) -> Any:
+    def _mix(self, offered: np.ndarray, mine: np.ndarray, theirs: np.ndarray, said: Any) -> Any:
         if not self._wire.is_narrower(said):
             wide = np.promote_types(said.dtype, widened(said.dtype))
-            return (mine + (theirs.astype(wide) - mine.astype(wide)) / 2).astype(mine.dtype)
+            return (offered + (theirs.astype(wide) - mine.astype(wide)) / 2).astype(mine.dtype)
         if said not in self._mixes:
 
-            def mix(mine: Array, theirs: Array) -> Array:
-                a, b = (self._wire.decode(bits, said) for bits in (mine, theirs))
-                return self._wire.encode((a + (b - a) / 2).astype(said.dtype))
+            def mix(offered: Array, mine: Array, theirs: Array) -> Array:
+                x, a, b = (self._wire.decode(bits, said) for bits in (offered, mine, theirs))
+                return self._wire.encode((x + (b - a) / 2).astype(said.dtype))
 
             self._mixes[said] = jax.jit(mix)
-        return self._mixes[said](mine, theirs)
+        return self._mixes[said](offered, mine, theirs)
 
     def largest(self, k: int, segment: Segment) -> float:
         """The largest magnitude of what the bits of segment `k` say; NaN or infinite if one of the numbers is."""

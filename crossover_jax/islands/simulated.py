@@ -12,7 +12,8 @@ import numpy as np
 from crossover_jax.islands.island import Island
 from crossover_jax.islands.roster import Roster
 from crossover_jax.islands.state import state_of
-from crossover_jax.islands.transport import Conversation, Head, LinkError
+from crossover_jax.islands.stream import Head, LinkError
+from crossover_jax.islands.transport import Conversation
 from crossover_jax.leaves import PyTree
 
 
@@ -50,7 +51,8 @@ class Network:
     """Links between islands of one process: `network.transport(name)` is one island's end of all of them.
 
     A message takes an exponentially distributed time of mean `latency` seconds, and its bytes at `rate` a second, one
-    after the other from each island. With the probability `loss` it never arrives, and the other side sees a time-out.
+    after the other from each island. So does opening a connection, which is then kept as `Tcp` keeps it. With the
+    probability `loss` a message never arrives, and the other side sees a time-out.
     Islands in `dead` refuse; those in `stopped` are mute until taken out; `parts` is a list of sets between which
     nothing passes.
     """
@@ -107,6 +109,7 @@ class SimulatedTransport:
 
     def __init__(self, network: Network, name: str):
         self.network, self.name = network, name
+        self._kept: set[str] = set()  # to whom a connection is open
 
     async def serve(self, answer: Callable[[Conversation], Awaitable[None]]) -> str:
         self.network._answers[self.name] = answer
@@ -115,7 +118,9 @@ class SimulatedTransport:
     @contextlib.asynccontextmanager
     async def connect(self, address: str, name: str | None):
         network, peer = self.network, address.removesuffix(":1")
-        await asyncio.sleep(network.delay(self.name, 0))
+        if peer not in self._kept:
+            await asyncio.sleep(network.delay(self.name, 0))
+        self._kept.discard(peer)
         if peer in network.dead or peer not in network._answers:
             raise LinkError(f"{peer}: refused")
         if not network.passes(self.name, peer):
@@ -126,6 +131,7 @@ class SimulatedTransport:
         network.begin(network._answers[peer], other)
         try:
             yield mine
+            self._kept.add(peer)
         finally:
             mine.close()
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from crossover_jax.islands.payload import digest
-from crossover_jax.islands.transport import Head
+from crossover_jax.islands.stream import Head
 from crossover_jax.leaves import PyTree, flatten
 
 

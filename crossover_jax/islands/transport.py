@@ -5,32 +5,26 @@ import collections
 import contextlib
 import functools
 import ipaddress
-import json
 import logging
 import os
 import re
 import socket
 import ssl
-import struct
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from crossover_jax.islands.stream import CHUNK, Head, LinkError, Stream, as_link_error, end
+
 log = logging.getLogger("crossover_jax.islands")
-Head = dict[str, Any]
-LONGEST_HEAD = 1 << 20  # bytes
-CHUNK = 1 << 18  # bytes that must get through within one time-out
 WAITING = 64  # connections that have not said anything yet
 OPEN = 512  # connections that are answered at once: a file descriptor each, of which a process often has 1024
 HOSTS = 64  # whose refused connections are remembered
-
-
-class LinkError(OSError):
-    """A conversation has ended early: refused, cut, silent for too long, or not in our protocol."""
+KEPT = 64  # connections that wait for their next conversation
 
 
 @runtime_checkable
 class Conversation(Protocol):
-    """Two islands taking turns, in one connection. `peer` is the name in the other's certificate; None without TLS.
+    """Two islands taking turns, on one connection. `peer` is the name in the other's certificate; None without TLS.
 
     Both calls raise `LinkError`, at the latest when nothing has moved for the transport's time-out.
     """
@@ -99,6 +93,8 @@ def _context(tls: Tls, server: bool, check_name: bool, changed: tuple[int, ...])
 class Tcp:
     """Conversations over TCP: with mutual TLS, or in plain text where `tls` is None.
 
+    A connection is kept for the next conversation with the same peer: a new one costs two turns of the link more, three
+    with TLS, and begins slowly. It ends if there is none for half of `timeout`.
     `bind` is "host:port" of one interface, port 0 for any that is free. What nobody reads or sends for `timeout`
     seconds, in pieces of 256 KiB, has failed; a slow link is not a dead one. `refused` says of each host why the last
     connection from there was refused, until one is not. Raises `ValueError` for an address of all interfaces.
@@ -115,6 +111,7 @@ class Tcp:
         self._waiting: dict[asyncio.Task, str] = {}  # hosts of those that have said nothing yet, the oldest first
         self._answering: set[asyncio.Task] = set()
         self._ending: set[asyncio.Task] = set()
+        self._kept: dict[Stream, tuple[Any, asyncio.TimerHandle]] = {}  # to whom, and when it ends; the oldest first
         self._listener: socket.socket | None = None
         self._again: asyncio.TimerHandle | None = None
 
@@ -167,9 +164,12 @@ class Tcp:
 
         seconds = 0.0  # nobody waits for one that has said nothing, or when this transport is closed
         try:
-            with _as_link_error(whom, self._if_mute):
+            with as_link_error(whom, self._if_mute):
                 reader, writer = await self._opened(sock)
-            await answer(_Stream(reader, writer, whom, self.timeout, on_head=on_head))
+            stream = Stream(reader, writer, whom, self.timeout, on_head=on_head)
+            await answer(stream)
+            while await stream.begins():
+                await answer(stream)
             seconds = self.timeout
         except LinkError as error:
             if task in self._waiting:
@@ -181,7 +181,7 @@ class Tcp:
         finally:
             self._waiting.pop(task, None)
             if writer:
-                await _end(writer, seconds)
+                await end(writer, seconds)
 
     async def _opened(self, sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
@@ -208,17 +208,41 @@ class Tcp:
 
     @contextlib.asynccontextmanager
     async def connect(self, address: str, name: str | None):
-        whom = f"{name} at {address}" if name else address
-        with _as_link_error(whom):
-            host, port = split_address(address)
+        whom, stream, is_whole = f"{name} at {address}" if name else address, None, False
+        with as_link_error(whom):
             secure = self._secure(server=False, check_name=name is not None)
-            secure |= {"server_hostname": name or ""} if self.tls else {}
-            async with asyncio.timeout(self.timeout):
-                reader, writer = await asyncio.open_connection(host, port, limit=CHUNK, **secure)
+            key = address, name, secure.get("ssl")  # which is another one when the files have changed
+            if not (stream := self._kept_one(key)):
+                host, port = split_address(address)
+                secure |= {"server_hostname": name or ""} if self.tls else {}
+                async with asyncio.timeout(self.timeout):
+                    opened = await asyncio.open_connection(host, port, limit=CHUNK, **secure)
+                stream = Stream(*opened, whom, self.timeout, self._if_mute)
         try:
-            yield _Stream(reader, writer, whom, self.timeout, self._if_mute)
+            yield stream
+            is_whole = True
         finally:
-            self._keep(self._ending, _end(writer, self.timeout))
+            if is_whole:  # whatever was said has been heard
+                timer = asyncio.get_running_loop().call_later(self.timeout / 2, self._let_go, stream)
+                self._kept[stream] = key, timer
+                if len(self._kept) > KEPT:
+                    self._let_go(next(iter(self._kept)))
+            else:
+                self._let_go(stream)
+
+    def _kept_one(self, key: Any) -> Stream | None:
+        """A connection that both sides have kept, the one that was used last."""
+        for stream in [stream for stream, (whom, _) in self._kept.items() if whom == key][::-1]:
+            self._kept.pop(stream)[1].cancel()
+            if not stream.has_ended():
+                return stream
+            self._let_go(stream)
+        return None
+
+    def _let_go(self, stream: Stream) -> None:
+        if stream in self._kept:
+            self._kept.pop(stream)[1].cancel()
+        self._keep(self._ending, end(stream.writer, self.timeout))
 
     async def close(self) -> None:
         if self._again:
@@ -226,6 +250,8 @@ class Tcp:
         if self._listener:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
+        for stream in [*self._kept]:
+            self._let_go(stream)
         await asyncio.sleep(0)  # a task that is cancelled before it has begun closes nothing
         tasks = [*self._answering, *self._ending]
         for task in tasks:
@@ -240,100 +266,6 @@ class Tcp:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         return task
-
-
-async def _end(writer: asyncio.StreamWriter, seconds: float) -> None:
-    """Send what is still to be sent, but not for ever: the other may not read it."""
-    try:
-        writer.close()
-        with contextlib.suppress(OSError):
-            async with asyncio.timeout(seconds):
-                await writer.wait_closed()
-    finally:
-        writer.transport.abort()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-
-
-class _Stream:
-    """A message is two lengths, of head and body, then both."""
-
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        whom: str,
-        timeout: float,
-        if_mute: str = "",
-        on_head: Callable[[], Any] = lambda: None,
-    ):
-        self.reader, self.writer, self.timeout, self.if_mute, self.on_head = reader, writer, timeout, if_mute, on_head
-        self.peer = name_of(writer.get_extra_info("peercert"))
-        self.whom = self.peer or whom
-
-    async def send(self, head: Head, *body: Any) -> None:
-        coded = json.dumps(head).encode()
-        views = [memoryview(part).cast("B") for part in body]
-        with _as_link_error(self.whom, self.if_mute):
-            self.writer.write(struct.pack("!IQ", len(coded), sum(len(view) for view in views)) + coded)
-            for view in views:
-                for start in range(0, len(view), CHUNK):
-                    self.writer.write(view[start : start + CHUNK])
-                    async with asyncio.timeout(self.timeout):
-                        await self.writer.drain()
-            async with asyncio.timeout(self.timeout):
-                await self.writer.drain()
-
-    async def receive(self, longest: int = 0) -> tuple[Head, bytearray]:
-        with _as_link_error(self.whom, self.if_mute):
-            async with asyncio.timeout(self.timeout):
-                of_head, of_body = struct.unpack("!IQ", await self.reader.readexactly(12))
-            if of_head > LONGEST_HEAD or of_body > longest:
-                raise LinkError(f"{self.whom}: a message of {of_head} + {of_body} bytes where {longest} were expected")
-            async with asyncio.timeout(self.timeout):
-                head = json.loads(await self.reader.readexactly(of_head))
-            if not isinstance(head, dict):
-                raise LinkError(f"{self.whom}: a message whose head is no JSON object")
-            self.on_head()
-            self.if_mute = ""
-            body = bytearray(of_body)
-            for start in range(0, of_body, CHUNK):
-                end = min(start + CHUNK, of_body)
-                async with asyncio.timeout(self.timeout):
-                    body[start:end] = await self.reader.readexactly(end - start)
-        return head, body
-
-
-@contextlib.contextmanager
-def _as_link_error(whom: str, if_ended: str = "") -> Iterator[None]:
-    try:
-        yield
-    except LinkError:
-        raise
-    except TimeoutError as error:
-        raise LinkError(f"{whom}: nothing moved for the time-out") from error
-    except (EOFError, ConnectionResetError, BrokenPipeError) as error:
-        raise LinkError(f"{whom}: the connection has ended{if_ended}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise LinkError(f"{whom}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        if error.verify_code in (18, 19, 20):  # OpenSSL's words for it depend on what the other has sent
-            return "its certificate is refused: it is not of this run's authority"
-        return f"its certificate is refused: {error.verify_message}"
-    if isinstance(error, ssl.SSLError) and error.reason:
-        words = error.reason.lower().replace("_", " ")
-        return f"it has ended TLS: {words}" if "alert" in words else f"no TLS of this run: {words}"
-    if isinstance(error, OSError) and error.errno and error.errno > 0:
-        return os.strerror(error.errno).lower()
-    return f"{type(error).__name__} {error}"
-
-
-def name_of(certificate: Any) -> str | None:
-    """The island's name in a verified certificate."""
-    return next((value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "DNS"), None)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -13,7 +13,8 @@ from crossover_jax.islands.clock import Clock
 from crossover_jax.islands.heads import short
 from crossover_jax.islands.observe import look
 from crossover_jax.islands.roster import OBSERVER, Roster, directory, roster_of
-from crossover_jax.islands.transport import Head, Tls
+from crossover_jax.islands.stream import Head
+from crossover_jax.islands.transport import Tls
 from crossover_jax.text import as_table
 
 TIMEOUT = 5.0  # seconds that one island may take to answer

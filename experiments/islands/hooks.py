@@ -28,7 +28,7 @@ from crossover_jax.islands import island as island_module
 from crossover_jax.islands.heads import PARAMS, STATE
 from crossover_jax.islands.ledger import Ledger
 from crossover_jax.islands.node import Node
-from crossover_jax.islands.transport import CHUNK
+from crossover_jax.islands.stream import CHUNK
 from experiments import flags, island
 from experiments.checkpoint import Checkpoints
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from crossover_jax import islands
-from crossover_jax.islands.transport import LinkError
+from crossover_jax.islands.stream import LinkError
 from experiments.islands.measures import View, view_clock
 from experiments.islands.program import IslandProgram
 

@@ -17,7 +17,7 @@ def layout(num_segments, fingerprint="same"):
         "model",
         fingerprint,
         [[(np.dtype(np.float64), SIZE)]] * num_segments,
-        lambda k, mine, theirs: (mine[0] + (theirs[0] - mine[0]) / 2,),
+        lambda k, offered, mine, theirs: (offered[0] + (theirs[0] - mine[0]) / 2,),
         lambda k, bits: np.abs(bits[0]).max(),
     )
 

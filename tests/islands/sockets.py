@@ -21,7 +21,7 @@ def layout(model="model", fingerprint="same"):
         model,
         fingerprint,
         [[(np.dtype(np.float64), SIZE)]] * SEGMENTS,
-        lambda k, mine, theirs: (mine[0] + (theirs[0] - mine[0]) / 2,),
+        lambda k, offered, mine, theirs: (offered[0] + (theirs[0] - mine[0]) / 2,),
         lambda k, bits: float(np.abs(bits[0]).max()),
     )
 

@@ -217,7 +217,7 @@ def test_the_mean_of_all_is_taken_from_outside_and_changes_nothing(begin, tmp_pa
 
 
 def test_a_dns_name_is_a_roster_whose_addresses_learn_their_names(begin, monkeypatch):
-    port, hosts = free_port(), [f"127.0.0.{i}" for i in (2, 3, 4, 5)]  # at the last one nobody listens
+    port, hosts = free_port(), [f"127.0.7.{i}" for i in (2, 3, 4, 5)]  # at the last one nobody listens
 
     def getaddrinfo(host, port, *, type):
         assert host == "trainers"
@@ -239,7 +239,7 @@ def test_a_dns_name_is_a_roster_whose_addresses_learn_their_names(begin, monkeyp
     for island, others in zip(islands, (["b", "c"], ["a", "c"], ["a", "b"]), strict=True):
         until(lambda own=island, others=others: walk(islands, values, states) or sorted(own._node.members) == others)
     until(lambda: walk(islands, values, states) or all(island._node.exchanged > 10 for island in islands))
-    assert list(look(roster, tls=None, timeout=1.0)) == [f"127.0.0.5:{port}", "a", "b", "c"]
+    assert list(look(roster, tls=None, timeout=1.0)) == [f"127.0.7.5:{port}", "a", "b", "c"]
 
 
 def test_a_path_that_creates_no_file_exclusively_is_a_roster_whose_founder_is_named(begin, tmp_path):

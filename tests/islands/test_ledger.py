@@ -4,12 +4,16 @@ import pytest
 from crossover_jax.islands.ledger import Ledger, Publication
 
 
+def mixed(segment, offered, mine, theirs):
+    return (offered[0] + (theirs[0] - mine[0]) / 2,)
+
+
 def publication(number, *values):
     return Publication(number, [(np.array([value]),) for value in values], max(values))
 
 
 def test_a_segment_takes_part_in_one_exchange_at_a_time():
-    ledger = Ledger(2)
+    ledger = Ledger(2, 1, mixed)
     assert ledger.reserve(0, "a") is None  # nothing is published
     ledger.publish(publication(1, 1.0, 2.0))
     assert ledger.reserve(0, "a").number == 1
@@ -20,7 +24,7 @@ def test_a_segment_takes_part_in_one_exchange_at_a_time():
 
 
 def test_an_exchange_is_decided_once():
-    ledger = Ledger(1)
+    ledger = Ledger(1, 1, mixed)
     ledger.publish(publication(1, 1.0))
     ledger.reserve(0, "a")
     assert ledger.commit("a", (np.array([5.0]),))
@@ -38,7 +42,7 @@ def test_an_exchange_is_decided_once():
 
 
 def test_what_was_reserved_of_an_older_publication_is_a_difference_to_that_one():
-    ledger = Ledger(1)
+    ledger = Ledger(1, 1, mixed)
     ledger.publish(publication(1, 1.0))
     ledger.reserve(0, "a")
     ledger.publish(publication(2, 10.0))
@@ -48,7 +52,7 @@ def test_what_was_reserved_of_an_older_publication_is_a_difference_to_that_one()
 
 
 def test_a_publication_from_before_the_last_difference_is_not_on_offer():
-    ledger = Ledger(1)
+    ledger = Ledger(1, 1, mixed)
     ledger.publish(publication(1, 1.0))
     ledger.reserve(0, "a")
     ledger.commit("a", (np.array([5.0]),))
@@ -75,7 +79,7 @@ def test_exchanges_of_publications_of_any_age_converge_and_without_that_rule_the
     rng, n = np.random.default_rng(age), 16
     x = rng.standard_normal(n)
     before, mean = x.std(), x.mean()
-    ledgers, packed = [kind(1) for _ in range(n)], [[] for _ in range(n)]
+    ledgers, packed = [kind(1, 1, mixed) for _ in range(n)], [[] for _ in range(n)]
     for t in range(1, 400):
         for i, ledger in enumerate(ledgers):
             for arrival in ledger.take(t):
@@ -101,7 +105,7 @@ def test_exchanges_of_publications_of_any_age_converge_and_without_that_rule_the
 
 
 def test_a_publication_goes_through_so_many_rounds_each_of_what_the_last_one_made():
-    ledger = Ledger(1, rounds=2, mixed=lambda k, mine, theirs: ((mine[0] + theirs[0]) / 2,))
+    ledger = Ledger(1, 2, mixed)
     ledger.publish(publication(1, 1.0))
     ledger.reserve(0, "a")
     ledger.commit("a", (np.array([5.0]),))
@@ -114,14 +118,85 @@ def test_a_publication_goes_through_so_many_rounds_each_of_what_the_last_one_mad
     assert ledger.is_offered(0)
 
 
-def test_rounds_end_with_their_publication():
-    ledger = Ledger(1, rounds=3, mixed=lambda k, mine, theirs: ((mine[0] + theirs[0]) / 2,))
+def test_what_arrives_late_is_in_what_is_offered_next():
+    ledger = Ledger(1, 3, mixed)
     ledger.publish(publication(1, 1.0))
     ledger.reserve(0, "a")
     ledger.publish(publication(2, 10.0))  # packed before the difference was added
     ledger.commit("a", (np.array([5.0]),))
+    assert ledger.reserve(0, "b").segments[0][0] == 12.0
+    ledger.commit("b", (np.array([4.0]),))
+    ledger.publish(publication(3, 100.0))  # and so was this one
+    assert ledger.reserve(0, "c").segments[0][0] == 100.0 + 2.0 - 4.0
+    ledger.abort("c")
+    assert [(arrival.theirs[0] - arrival.mine[0]).item() / 2 for arrival in ledger.take(4)] == [2.0, -4.0]
     assert not ledger.is_offered(0)
-    ledger.take(3)
-    assert not ledger.is_offered(0)
-    ledger.publish(publication(3, 12.0))
+    ledger.publish(publication(4, 98.0))
     assert ledger.is_offered(0)
+
+
+def test_between_two_takes_a_segment_goes_through_so_many_rounds_and_no_more():
+    """Several hosts of an island add so many, whatever came: one more would be one program more on one host."""
+    ledger = Ledger(1, 2, mixed)
+    for number in range(1, 6):
+        if number > 1:
+            assert len(ledger.take(number)) == 2
+        ledger.publish(publication(number, 1.0))
+        for round in range(2 if number == 1 else 1):  # the last one of before commits now
+            ledger.reserve(0, f"{number} {round}")
+            ledger.commit(f"{number} {round}", (np.array([5.0]),))
+        assert ledger.is_offered(0) == (number > 1)
+        if number > 1:
+            ledger.reserve(0, f"{number} last")
+            ledger.commit(f"{number} last", (np.array([5.0]),))
+        assert not ledger.is_offered(0)
+
+
+class Blind(Ledger):
+    """Offers what is packed, without the differences that are still to be added."""
+
+    def publish(self, publication):
+        self.now = publication
+
+
+@pytest.mark.parametrize("seconds", [0, 3, 10])  # of an exchange; a publication lasts 8
+def test_exchanges_of_any_length_are_those_of_what_each_will_be(seconds):
+    """With differences that are still to be added an exchange leaves both at their mean, and so all converge."""
+    apart, std = _exchanged(Ledger, seconds)
+    assert apart < 1e-12
+    assert std < 1e-9
+    assert _exchanged(Blind, 3)[0] > 0.1
+
+
+def _exchanged(kind, seconds, n=16):
+    """The largest difference of two after their exchange, and of all in the end."""
+    rng, numbers, apart = np.random.default_rng(seconds), [0] * n, 0.0
+    x, ledgers, going = rng.standard_normal(n), [kind(1, 3, mixed) for _ in range(n)], []
+    packed, mean = [publication(0, value) for value in x], x.mean()
+
+    def added(arrivals):
+        return sum((arrival.theirs[0][0] - arrival.mine[0][0]) / 2 for arrival in arrivals)
+
+    for now in range(3000):
+        for i, ledger in enumerate(ledgers):
+            if (now + i) % 8 == 0:
+                numbers[i] += 1
+                x[i] += added(ledger.take(numbers[i]))
+                packed[i] = publication(numbers[i], x[i])
+            if (now + i) % 8 == 2:  # what is packed takes a while to come to the host
+                ledger.publish(packed[i])
+        i, j = rng.choice(n, 2, replace=False)
+        mine, theirs = (ledgers[own].reserve(0, str(now)) for own in (i, j))
+        if mine and theirs:
+            going.append((now + seconds, str(now), (i, theirs.segments[0]), (j, mine.segments[0])))
+        else:
+            ledgers[i].abort(str(now)), ledgers[j].abort(str(now))
+        while going and going[0][0] <= now:
+            _, id, *sides = going.pop(0)
+            for own, other in sides:
+                ledgers[own].commit(id, other)
+            one, another = (x[own] + added(ledgers[own]._arrived) for own, _ in sides)
+            apart = max(apart, abs(one - another))
+    x += [added(ledger._arrived) for ledger in ledgers]
+    assert abs(x.mean() - mean) < 1e-12
+    return apart, x.std()

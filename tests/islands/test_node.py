@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crossover_jax.islands.simulated import Network
-from crossover_jax.islands.transport import LinkError
+from crossover_jax.islands.stream import LinkError
 from tests.islands.helpers import SIZE, Values, exchange, run, stacked
 
 

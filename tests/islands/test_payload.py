@@ -160,13 +160,13 @@ def test_what_is_offered_next_is_what_both_will_be(wire):
         Wire(wire).decode(jnp.asarray(segment[0]), payload._says[0][k]), np.float64
     )
     for k in range(2):
-        mixed = payload.mixed(k, mine[k], theirs[k])
+        mixed = payload.mixed(k, mine[k], mine[k], theirs[k])
         assert [bits.dtype for bits in mixed] == [bits.dtype for bits in mine[k]]
         expected = (quantized(mine[k], k) + quantized(theirs[k], k)) / 2
         step = {None: 2**-22, "bfloat16": 2**-7, "float16": 2**-9, "int8": 1 / 100, "int4": 1 / 5}[wire] * 4
         assert np.abs(quantized(mixed, k) - expected).max() < step
     once = Arrival(0, mine[0], theirs[0])
-    again = Arrival(0, payload.mixed(0, mine[0], theirs[0]), theirs[0])
+    again = Arrival(0, payload.mixed(0, mine[0], mine[0], theirs[0]), theirs[0])
     both, _ = payload.add(x, [once, again])
     first, _ = payload.add(x, [once])
     second, _ = payload.add(first, [again])
