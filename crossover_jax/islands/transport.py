@@ -93,8 +93,8 @@ def _context(tls: Tls, server: bool, check_name: bool, changed: tuple[int, ...])
 class Tcp:
     """Conversations over TCP: with mutual TLS, or in plain text where `tls` is None.
 
-    A connection is kept for the next conversation with the same peer: a new one costs two turns of the link more, three
-    with TLS, and begins slowly. It ends if there is none for half of `timeout`.
+    A connection is kept for the next conversation with the same peer: a new one costs a round trip more, two with TLS,
+    and begins slowly. It ends if there is none for half of `timeout`.
     `bind` is "host:port" of one interface, port 0 for any that is free. What nobody reads or sends for `timeout`
     seconds, in pieces of 256 KiB, has failed; a slow link is not a dead one. `refused` says of each host why the last
     connection from there was refused, until one is not. Raises `ValueError` for an address of all interfaces.

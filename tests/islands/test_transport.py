@@ -102,7 +102,7 @@ def test_many_conversations_at_once(tls_of):
 
 
 def test_a_connection_is_kept_for_the_next_conversation_and_no_longer_than_half_of_the_timeout(tls_of):
-    """A new connection costs two turns of a slow link, three with TLS."""
+    """A new connection costs a round trip, two with TLS."""
 
     async def talk():
         opened = []
