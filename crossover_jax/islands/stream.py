@@ -12,6 +12,7 @@ from typing import Any
 Head = dict[str, Any]
 LONGEST_HEAD = 1 << 20  # bytes
 CHUNK = 1 << 18  # bytes that must get through within one time-out
+OLDEST = 600.0  # seconds of a connection: then both look at each other's certificate again
 
 
 class LinkError(OSError):
@@ -32,12 +33,14 @@ class Stream:
     ):
         self.reader, self.writer, self.timeout, self.if_mute, self.on_head = reader, writer, timeout, if_mute, on_head
         self._begun = b""  # of the next message
+        self._until = asyncio.get_running_loop().time() + OLDEST
         self.peer = name_of(writer.get_extra_info("peercert"))
         self.whom = self.peer or whom
 
-    def has_ended(self) -> bool:
-        """Whether the other side has ended it, so far as is known here."""
-        return self.reader.at_eof() or self.writer.is_closing()
+    def can_be_kept(self) -> bool:
+        """Whether the other side has not ended it, so far as is known here, and it is not too old."""
+        is_old = asyncio.get_running_loop().time() >= self._until
+        return not (is_old or self.reader.at_eof() or self.writer.is_closing())
 
     async def begins(self) -> bool:
         """Whether the other side begins another conversation, before it ends or has been silent for the time-out."""

@@ -94,7 +94,8 @@ class Tcp:
     """Conversations over TCP: with mutual TLS, or in plain text where `tls` is None.
 
     A connection is kept for the next conversation with the same peer: a new one costs a round trip more, two with TLS,
-    and begins slowly. It ends if there is none for half of `timeout`.
+    and begins slowly. It ends if there is none for half of `timeout`, and after ten minutes.
+
     `bind` is "host:port" of one interface, port 0 for any that is free. What nobody reads or sends for `timeout`
     seconds, in pieces of 256 KiB, has failed; a slow link is not a dead one. `refused` says of each host why the last
     connection from there was refused, until one is not. Raises `ValueError` for an address of all interfaces.
@@ -234,7 +235,7 @@ class Tcp:
         """A connection that both sides have kept, the one that was used last."""
         for stream in [stream for stream, (whom, _) in self._kept.items() if whom == key][::-1]:
             self._kept.pop(stream)[1].cancel()
-            if not stream.has_ended():
+            if stream.can_be_kept():
                 return stream
             self._let_go(stream)
         return None

@@ -16,7 +16,7 @@ import pytest
 
 from crossover_jax.islands import keys
 from crossover_jax.islands.stream import CHUNK, LONGEST_HEAD, LinkError
-from crossover_jax.islands.transport import KEPT, WAITING, Tcp, Tls, split_address
+from crossover_jax.islands.transport import WAITING, Tcp, Tls, split_address
 from tests.islands.sockets import run, until
 
 
@@ -101,7 +101,7 @@ def test_many_conversations_at_once(tls_of):
     run(talk())
 
 
-def test_a_connection_is_kept_for_the_next_conversation_and_no_longer_than_half_of_the_timeout(tls_of):
+def test_a_connection_is_kept_for_the_next_conversation_and_no_longer_than_half_of_the_timeout(tls_of, monkeypatch):
     """A new connection costs a round trip, two with TLS."""
 
     async def talk():
@@ -117,8 +117,8 @@ def test_a_connection_is_kept_for_the_next_conversation_and_no_longer_than_half_
                 head, body = await conversation.receive(1000)
                 assert (head["k"], body) == (k, bytes([k]) * 1000)
 
-        async with served(answer, tls_of("a"), timeout=1.0) as (tcp, address):
-            client = Tcp("127.0.0.1:0", tls=tls_of("b"), timeout=1.0)
+        async with served(answer, tls_of("a"), timeout=2.0) as (tcp, address):
+            client = Tcp("127.0.0.1:0", tls=tls_of("b"), timeout=2.0)
             for k in range(5):
                 await ask(k)
             assert len({id(one) for one in opened}) == len(tcp._answering) == 1
@@ -128,10 +128,19 @@ def test_a_connection_is_kept_for_the_next_conversation_and_no_longer_than_half_
                 async with client.connect(address, "a"):
                     raise RuntimeError  # whatever has not come to its end is not gone on with
             await until(lambda: len(tcp._answering) == 2)
-            await until(lambda: not tcp._answering and not client._kept, 2.0)
+            await until(lambda: not tcp._answering and not client._kept, 4.0)
             await ask(6)
-            await asyncio.gather(*map(ask, range(KEPT + 5)))
-            assert len(client._kept) == KEPT
+            before = len({id(one) for one in opened})
+            monkeypatch.setattr("crossover_jax.islands.stream.OLDEST", 0.0)
+            for stream in client._kept:
+                stream._until = 0.0
+            await ask(7)
+            await ask(8)
+            assert len({id(one) for one in opened}) == before + 2  # since each one before was too old
+            monkeypatch.undo()
+            monkeypatch.setattr("crossover_jax.islands.transport.KEPT", 3)
+            await asyncio.gather(*map(ask, range(6)))
+            assert len(client._kept) == 3
             await client.close()
             await until(lambda: not tcp._answering)
 
@@ -148,7 +157,7 @@ def test_a_kept_connection_that_the_other_side_has_ended_is_opened_anew(tls_of):
                 await conversation.send({"k": 1})
                 assert (await conversation.receive())[0]["k"] == 1
             await tcp.close()  # and is there again under the same address
-            await until(lambda: all(stream.has_ended() for stream in client._kept))
+            await until(lambda: not any(stream.can_be_kept() for stream in client._kept))
         await client.close()
 
     run(talk())
