@@ -132,7 +132,7 @@ class _Run:
 
     def run(self, state: TrainState) -> TrainState:
         made, island, config = self.made, self.island, self.made.config
-        batches = made.batches(island.life)
+        batches = made.batches(island.life, island.clock)
         every = config.checkpoint.every
         saves = Checkpoints(self.workdir, config.checkpoint.keep) if every else None
         with processes.Preemption() as preemption, contextlib.closing(saves) if saves else contextlib.nullcontext():

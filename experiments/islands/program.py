@@ -1,5 +1,6 @@
 """From a config of many workers to one island of that many: its step, data, schedule and exchange."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class IslandProgram(NamedTuple):
     init: Callable[[], TrainState]  # a state `[1, ...]`
     step: Callable[[TrainState, PyTree, int, float], tuple[TrainState, PyTree]]  # (state, batch, own step, rate)
     rate: Callable[[float], float]  # the learning rate at a clock
-    batches: Callable[[str], Iterator[PyTree]]  # of a life of an island
+    batches: Callable[[str, float], Iterator[PyTree]]  # of a life of an island that begins at a clock
     evaluate: Callable[[int, TrainState], dict[str, float]]
     examples: int  # of a step of one island
     total: int  # examples of all islands together, at which the run ends
@@ -70,7 +71,13 @@ def make_island_program(config: ml_collections.ConfigDict, workers: Mesh | int =
     def step(state: TrainState, batch: PyTree, own_step: int, rate: float) -> tuple[TrainState, PyTree]:
         return compiled(state, program.place_batch([batch]), program.place_step(own_step), np.float32(rate))
 
-    def batches(life: str) -> Iterator[PyTree]:
+    def batches(life: str, clock: float) -> Iterator[PyTree]:
+        own = part_of(life.rpartition("@")[0], config.num_workers)
+        if (
+            own is not None
+        ):  # as worker `own` of a mesh: as long as all are as fast, nobody trains on another's examples
+            part = slice(own, own + 1), program.batch_part((1, alone.batch_size))[1]
+            return train_batches(config, train_set, lambda _: part, int(clock / config.batch_size))
         one = alone.copy_and_resolve_references()
         with one.unlocked():
             one.num_workers = 1
@@ -98,3 +105,14 @@ def make_island_program(config: ml_collections.ConfigDict, workers: Mesh | int =
         {"cut": CUTS[own.cut](own.segments or ROWS), "wire": own.wire, "every": own.local_steps, "rounds": own.rounds},
         as_json(alone) | {"data": ", ".join(dataset.digest for dataset in (train_set, eval_set))},
     )
+
+
+def part_of(name: str, count: int) -> int | None:
+    """Which of so many parts of each batch an island of this name trains on; None if the name does not say.
+
+    >>> [part_of(name, 8) for name in ("island-3", "c", "spot-12", "mars")]
+    [3, 2, None, None]
+    """
+    digits = re.search(r"[0-9]+$", name)
+    own = int(digits[0]) if digits else ord(name) - ord("a") if re.fullmatch("[a-z]", name) else count
+    return own if own < count else None

@@ -106,7 +106,7 @@ class _Run:
         self.islands[i] = island
         rng = np.random.default_rng([self.seed, i])
         state = await island.joined(state)
-        batches, own_step = made.batches(f"{self.seed} {island.life}"), 0
+        batches, own_step = made.batches(island.life, island.clock), 0
         while island.clock < made.total:
             state, _ = made.step(state, next(batches), own_step, made.rate(island.clock))
             own_step += 1

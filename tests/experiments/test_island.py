@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from crossover_jax import islands
-from experiments import checkpoint, export, island
+from experiments import checkpoint, data, export, island
 from experiments.configs import lm
 from experiments.islands import virtual
 from experiments.islands.program import make_island_program
@@ -149,6 +149,23 @@ def test_another_algorithm_than_crossover_is_refused(config):
     config.crossover.update(rounds=1, wire=None)
     with pytest.raises(ValueError, match="must be 'crossover' for islands"):
         make_island_program(config)
+
+
+def test_islands_that_are_as_fast_train_on_the_batches_of_a_mesh(config):
+    config.num_workers, config.batch_size = 4, 32
+    made = make_island_program(config)
+    dataset = data.load(
+        "text", config.dataset.train_split, data_dir=config.dataset.data_dir, sequence=config.dataset.sequence
+    )
+    whole = data.train_batches(dataset, batch_size=32, num_workers=4, seed=config.seed, augment=False)
+    first, second, third = (next(whole)["image"] for _ in range(3))
+    own = [made.batches(f"island-{k}@7", 0.0) for k in range(4)]
+    for batch in (first, second):
+        np.testing.assert_array_equal(np.concatenate([next(one)["image"] for one in own]), batch)
+    # Another life begins where the run is; a name that says no part draws by itself, each life anew.
+    np.testing.assert_array_equal(next(made.batches("c@8", 64.0))["image"][0], third[2])
+    others = [next(made.batches(life, 64.0))["image"][0].tobytes() for life in ("mars@1", "mars@2", "island-4@1")]
+    assert len({*others, *(part.tobytes() for part in third)}) == 7
 
 
 def test_islands_in_virtual_time_are_a_function_of_the_seed_and_survive_a_storm(config):
