@@ -158,6 +158,19 @@ def test_the_tables_of_the_language_model_page_are_the_studies():
             assert difference == f"{paired(own, bits[study]['allreduce']):.4f}".replace("-", "\u2212"), name
 
 
+def test_the_table_of_the_islands_page_is_the_studies():
+    page = (ROOT / "docs" / "islands.md").read_text()
+    problems = [("fashion_mnist", "accuracy", ".2f"), ("lm", "bits_per_byte", ".4f")]
+    for name, arm in (("calm", "islands, three rounds"), ("in a storm", "islands, three rounds, storm")):
+        (cells,) = re.findall(rf"^\| {name} \| (.*) \|$", page, re.MULTILINE)
+        expected = []
+        for problem, metric, spec in problems:
+            rows = csv_rows.read(ROOT / "experiments" / "results" / f"islands_{problem}.csv")
+            of = {own: {row["seed"]: row[metric] for row in rows if row["arm"] == own} for own in ("spmd", arm)}
+            expected += [f"{paired(of[arm], of['spmd']):{spec}}".replace("-", "\u2212"), str(len(of[arm]))]
+        assert cells.split(" | ") == expected
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 

@@ -40,6 +40,8 @@ STORM = (
     Event(0.6, "loss", (), 40.0, 0.01),
     Event(0.75, "kill", (1, 2, 3, 4, 5, 6, 7), 20.0),
 )
+SPMD = {"spmd": False, "spmd, each draws": True}  # whether examples are drawn by each worker
+MAIN = ("spmd", "islands, three rounds", "islands, three rounds, storm")
 ARMS: dict[str, tuple[int, int, World]] = {  # publications at every so many steps, and rounds of each
     "islands": (1, 1, World()),
     "islands, every 2": (2, 1, World()),
@@ -77,8 +79,8 @@ PROBLEMS: dict[str, Callable[[], ml_collections.ConfigDict]] = {
 }
 
 
-def spmd(config: ml_collections.ConfigDict) -> dict[str, float]:
-    """`train.py`'s run, its workers simulated."""
+def spmd(config: ml_collections.ConfigDict, each_draws: bool) -> dict[str, float]:
+    """`train.py`'s run, its workers simulated; or with examples that each worker draws by itself."""
     train_set, eval_set = (
         data.load(config.dataset.name, split, data_dir=config.dataset.data_dir, sequence=config.dataset.sequence)
         for split in (config.dataset.train_split, config.dataset.eval_split)
@@ -86,7 +88,11 @@ def spmd(config: ml_collections.ConfigDict) -> dict[str, float]:
     num_steps = steps_of(config, train_set)
     program = make_program(config, train_set, config.num_workers, num_steps)
     state = cj.copies(program.init, config.num_workers)
-    for step, batch in zip(range(num_steps), train_batches(config, train_set, program.batch_part), strict=False):
+    batches = train_batches(config, train_set, program.batch_part)
+    if each_draws:
+        own = [make_island_program(config).batches(f"another@{i}", 0.0) for i in range(config.num_workers)]
+        batches = (jax.tree.map(lambda *parts: np.concatenate(parts), *parts) for parts in zip(*own, strict=True))
+    for step, batch in zip(range(num_steps), batches, strict=False):
         state, metrics = program.step(state, program.place_batch([batch]), program.place_step(step))
         jax.block_until_ready(metrics)
     evaluate = make_evaluate(program.predict, program.algorithm, config.num_workers, each=False)
@@ -99,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("problem", choices=PROBLEMS)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="CSV")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--arms", nargs="+", default=["spmd", *ARMS], help="only these")
+    parser.add_argument("--arms", nargs="+", default=MAIN, choices=[*SPMD, *ARMS], help="of %(choices)s")
     args = parser.parse_args(argv)
     done = {(row["arm"], int(row["seed"])) for row in csv_rows.read(args.out)}
     for seed in range(args.seeds):
@@ -108,8 +114,8 @@ def main(argv: Sequence[str]) -> int:
                 continue
             config, began = PROBLEMS[args.problem](), time.perf_counter()
             config.seed = seed
-            if arm == "spmd":
-                found = spmd(config)
+            if arm in SPMD:
+                found = spmd(config, SPMD[arm])
             else:
                 every, rounds, world = ARMS[arm]
                 config.crossover.local_steps, config.crossover.rounds = every, rounds
