@@ -60,9 +60,8 @@ class Node:
         self.errors: dict[str, str] = {}  # the last of each link, until it works again
         self.counts: collections.Counter[str] = collections.Counter()
         self.wanted: dict[str, list[asyncio.Future]] = {STATE: [], PARAMS: []}
-        self._published_at = -math.inf
-        self._interval, self._asking = 1.0, 0.0  # seconds from one publication to the next, and to an answer
-        self._published = asyncio.Event()
+        self._published_at, self._interval = -math.inf, 1.0  # when it was, seconds from one to the next
+        self._asking, self._published = 0.0, asyncio.Event()  # seconds to an answer
         self._not_before: dict[str, tuple[float, float]] = {}  # of peers that failed: when, and then how long
         self._dealt: tuple[int, list[list[str]]] = -1, []
         self._rng = np.random.default_rng([seed, incarnation % (1 << 32), *name.encode()])
