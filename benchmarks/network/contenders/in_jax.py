@@ -156,6 +156,8 @@ class Contender:
     def step(self, t: int, batch: tasks.Examples, wait: float = 0.0) -> None:
         """`batch` is `[workers, examples of each, ...]` of this process; `wait` seconds stand for a gradient."""
         rate = np.float32(tasks.rate_at(t, self.task, self.highest))
+        if wait:  # a gradient needs the parameters: without this the wait would hide the exchange of the step before
+            jax.block_until_ready(self.state)
         mixed = self.exchange and self.exchange(self.state[0], np.int32(t))
         if wait:
             time.sleep(wait)
