@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Segment = tuple[Any, ...]  # what a wire says of it: one vector of bits for each dtype
+# (segment, offered, mine, theirs) -> offered + ½ (theirs − mine), as the wire says it
+Mixed = Callable[[int, Segment, Segment, Segment], Segment]
 
 
 class Layout(NamedTuple):
@@ -14,7 +16,7 @@ class Layout(NamedTuple):
     model: str  # stands for names, shapes and dtypes
     fingerprint: str  # and for cut, wire and protocol
     segments: Sequence[Sequence[tuple[np.dtype, int]]]  # of each vector of a segment, dtype and length
-    mixed: Callable[[int, Segment, Segment, Segment], Segment]  # offered + ½ (theirs − mine), as the wire says it
+    mixed: Mixed
     largest: Callable[[int, Segment], float]  # magnitude of what a segment says; NaN or infinite if one number is
 
     def size(self, segment: int) -> int:

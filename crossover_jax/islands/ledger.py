@@ -2,16 +2,12 @@
 
 import collections
 import threading
-from collections.abc import Callable
 from typing import NamedTuple
 
-from crossover_jax.islands.layout import Segment
+from crossover_jax.islands.layout import Mixed, Segment
 
 COMMITTED, ABORTED = "committed", "aborted"
 KEPT = 4096  # outcomes that are remembered
-Mixed = Callable[
-    [int, Segment, Segment, Segment], Segment
-]  # (segment, offered, mine, theirs) -> offered + ½ (theirs − mine)
 
 
 class Publication(NamedTuple):

@@ -44,7 +44,7 @@ class Stream:
 
     async def begins(self) -> bool:
         """Whether the other side begins another conversation, before it ends or has been silent for the time-out."""
-        with contextlib.suppress(OSError, ssl.SSLError):
+        with contextlib.suppress(OSError):
             async with asyncio.timeout(self.timeout):
                 self._begun = await self.reader.read(1)
         return bool(self._begun)
@@ -83,6 +83,18 @@ class Stream:
                     body[start:end] = await self.reader.readexactly(end - start)
         return head, body
 
+    async def end(self, seconds: float) -> None:
+        """Send what is still to be sent, but not for ever: the other may not read it."""
+        try:
+            self.writer.close()
+            with contextlib.suppress(OSError):
+                async with asyncio.timeout(seconds):
+                    await self.writer.wait_closed()
+        finally:
+            self.writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await self.writer.wait_closed()
+
 
 @contextlib.contextmanager
 def as_link_error(whom: str, if_ended: str = "") -> Iterator[None]:
@@ -114,16 +126,3 @@ def _reason(error: Exception) -> str:
 def name_of(certificate: Any) -> str | None:
     """The island's name in a verified certificate."""
     return next((value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "DNS"), None)
-
-
-async def end(writer: asyncio.StreamWriter, seconds: float) -> None:
-    """Send what is still to be sent, but not for ever: the other may not read it."""
-    try:
-        writer.close()
-        with contextlib.suppress(OSError):
-            async with asyncio.timeout(seconds):
-                await writer.wait_closed()
-    finally:
-        writer.transport.abort()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()

@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from crossover_jax.islands.stream import CHUNK, Head, LinkError, Stream, as_link_error, end
+from crossover_jax.islands.stream import CHUNK, Head, LinkError, Stream, as_link_error
 
 log = logging.getLogger("crossover_jax.islands")
 WAITING = 64  # connections that have not said anything yet
@@ -46,7 +46,7 @@ class Transport(Protocol):
         """Have every conversation that others begin answered; the address at which they can."""
 
     def connect(self, address: str, name: str | None) -> contextlib.AbstractAsyncContextManager[Conversation]:
-        """Begin a conversation, with the island of this name if one is given."""
+        """Begin a conversation, with the island of this name if one is given; left without an error, it was whole."""
 
     async def close(self) -> None:
         """Answer no more."""
@@ -156,7 +156,7 @@ class Tcp:
     async def _answered(
         self, sock: socket.socket, host: str, answer: Callable[[Conversation], Awaitable[None]]
     ) -> None:
-        whom, task, writer = f"a connection from {host}", asyncio.current_task(), None
+        whom, task, stream = f"a connection from {host}", asyncio.current_task(), None
         assert task is not None
 
         def on_head() -> None:
@@ -166,8 +166,7 @@ class Tcp:
         seconds = 0.0  # nobody waits for one that has said nothing, or when this transport is closed
         try:
             with as_link_error(whom, self._if_mute):
-                reader, writer = await self._opened(sock)
-            stream = Stream(reader, writer, whom, self.timeout, on_head=on_head)
+                stream = Stream(*await self._opened(sock), whom, self.timeout, on_head=on_head)
             await answer(stream)
             while await stream.begins():
                 await answer(stream)
@@ -181,8 +180,8 @@ class Tcp:
             log.exception("a conversation with %s has failed", host)
         finally:
             self._waiting.pop(task, None)
-            if writer:
-                await end(writer, seconds)
+            if stream:
+                await stream.end(seconds)
 
     async def _opened(self, sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
@@ -209,7 +208,7 @@ class Tcp:
 
     @contextlib.asynccontextmanager
     async def connect(self, address: str, name: str | None):
-        whom, stream, is_whole = f"{name} at {address}" if name else address, None, False
+        whom, is_whole = f"{name} at {address}" if name else address, False
         with as_link_error(whom):
             secure = self._secure(server=False, check_name=name is not None)
             key = address, name, secure.get("ssl")  # which is another one when the files have changed
@@ -243,7 +242,7 @@ class Tcp:
     def _let_go(self, stream: Stream) -> None:
         if stream in self._kept:
             self._kept.pop(stream)[1].cancel()
-        self._keep(self._ending, end(stream.writer, self.timeout))
+        self._keep(self._ending, stream.end(self.timeout))
 
     async def close(self) -> None:
         if self._again:

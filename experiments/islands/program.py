@@ -73,9 +73,7 @@ def make_island_program(config: ml_collections.ConfigDict, workers: Mesh | int =
 
     def batches(life: str, clock: float) -> Iterator[PyTree]:
         own = part_of(life.rpartition("@")[0], config.num_workers)
-        if (
-            own is not None
-        ):  # as worker `own` of a mesh: as long as all are as fast, nobody trains on another's examples
+        if own is not None:  # as this worker of a mesh, so that islands do not train on each other's examples
             part = slice(own, own + 1), program.batch_part((1, alone.batch_size))[1]
             return train_batches(config, train_set, lambda _: part, int(clock / config.batch_size))
         one = alone.copy_and_resolve_references()
