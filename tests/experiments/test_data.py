@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pathlib
 import struct
 import subprocess
@@ -18,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from experiments import data
-from experiments.data import augment, builders, convert, prepare, raw, sources
+from experiments.data import augment, builders, convert, datasets, prepare, raw, sources
 from tests.experiments import stand_ins
 
 RNG = np.random.default_rng(0)
@@ -55,6 +56,37 @@ def test_a_split_is_decoded_once_and_held_out_parts_are_its_slices(data_dir):
     assert all(np.shares_memory(whole.image, part.image) for part in (again, first, last))
     np.testing.assert_array_equal(np.concatenate([first.label, last.label]), whole.label)
     assert len(last.label) == 6000
+
+
+def test_what_was_decoded_is_kept_for_the_next_process(tmp_path, monkeypatch):
+    arrays = write_idx(tmp_path, "fashion_mnist", monkeypatch)
+    builders.prepare("fashion_mnist", data_dir=tmp_path, manual_dir=tmp_path)
+    read, decoded = datasets._decode_all, []
+    monkeypatch.setattr(datasets, "_decode_all", lambda *args: decoded.append(args) or read(*args))
+
+    def load_anew():
+        datasets._decode_split.cache_clear()  # as in a new process
+        return data.load("fashion_mnist", "test", data_dir=tmp_path).source
+
+    first, again = load_anew(), load_anew()
+    assert len(decoded) == 1
+    assert as_set(*again) == as_set(*first) == as_set(arrays[2][..., None], arrays[3])
+    assert not again.image.flags.writeable
+    (kept,) = tmp_path.rglob("decoded-test.npz")
+    bits = bytearray(kept.read_bytes())
+    bits[len(bits) // 3] ^= 1
+    kept.write_bytes(bits)  # a bit has turned over
+    assert as_set(*load_anew()) == as_set(*first)
+    assert len(decoded) == 2
+    (shard,) = tmp_path.rglob("*test.array_record*")
+    os.utime(shard, (1, 1))  # other files
+    assert as_set(*load_anew()) == as_set(*first)
+    assert len(decoded) == 3
+    kept.unlink()
+    monkeypatch.setattr(datasets.np, "savez", lambda *args, **arrays: os.stat(tmp_path / "not" / "there"))
+    assert as_set(*load_anew()) == as_set(*first)  # a folder that cannot be written, a disk that is full
+    assert not kept.exists()
+    datasets._decode_split.cache_clear()
 
 
 def test_an_unknown_name_or_split_is_refused(data_dir):
