@@ -116,8 +116,9 @@ def test_files_and_functions_hold_one_idea():
             assert length <= 45, f"{name} in {path.name} has {length} lines"
     lines = {path: len(path.read_text().splitlines()) for path in (ROOT / "crossover_jax").rglob("*.py")}
     of_islands = sum(count for path, count in lines.items() if "islands" in path.parts)
-    # 300 of them for several hosts of one island, and what a newcomer begins with; 50 for connections that are kept.
-    assert of_islands <= 2810
+    # 300 of them for several hosts of one island, and what a newcomer begins with; 50 for connections that are kept;
+    # 80 for links that are worse than others.
+    assert of_islands <= 2890
     # 300 of them for the doctor and what `plan` recommends, which no program imports.
     assert sum(lines.values()) - of_islands <= 5190
 

@@ -300,9 +300,9 @@ class Island:
                 await self._announce()
                 await self._look_around()
             except OSError as error:  # the directory is away: go on with whom we know
-                self._node.errors["roster"] = f"{type(error).__name__}: {error}"
+                self._node.links.errors["roster"] = f"{type(error).__name__}: {error}"
             else:
-                self._node.errors.pop("roster", None)
+                self._node.links.errors.pop("roster", None)
             await asyncio.sleep(min(1.0, self.patience / 10))
 
     async def _look_around(self) -> None:
@@ -310,12 +310,12 @@ class Island:
         node, found = self._node, {}
         for name, address in (await self._blocking(self._roster.members)).items():
             if name == address:
-                known = [own for own, other in node.members.items() if other == address]
+                known = [own for own, other in node.links.members.items() if other == address]
                 with contextlib.suppress(LinkError):
                     name = known[0] if known else (await node.status(address, address))["from"]
             if name not in (self.name, address) and address != self._address:
                 found[name] = address
-        node.members = found if self._hosts.is_first else await self._hosts_of(found)
+        node.links.members = found if self._hosts.is_first else await self._hosts_of(found)
 
     async def _hosts_of(self, firsts: Mapping[str, str]) -> dict[str, str]:
         """Of each other island the address of the host that has this one's rows; the first one tells it."""

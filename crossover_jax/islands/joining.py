@@ -55,7 +55,9 @@ async def first_state(
                             node.origin = f"{peer}, at its step {head.get('steps')}"
                             return body
                         bad.add(peer)
-                        node.keep_error(f"the state of {peer}", "it has a NaN in it, and was not taken", "refused")
+                        node.links.keep_error(
+                            f"the state of {peer}", "it has a NaN in it, and was not taken", "refused"
+                        )
         if is_restored:
             node.origin = CHECKPOINT
             return b""
@@ -77,5 +79,5 @@ async def _ask_all(node: Node) -> dict[str, Head]:
         with contextlib.suppress(LinkError):
             found[peer] = await node.status(peer)
 
-    await asyncio.gather(*map(ask, list(node.members)))
+    await asyncio.gather(*map(ask, list(node.links.members)))
     return found

@@ -1,10 +1,8 @@
 """What an island says to others and answers them: the protocol, in coroutines that know neither sockets nor threads."""
 
 import asyncio
-import collections
 import contextlib
 import itertools
-import logging
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,15 +10,14 @@ from typing import Any
 import numpy as np
 
 from crossover_jax.islands.clock import Clock
-from crossover_jax.islands.heads import OTHERS, PARAMS, STATE, is_incarnation, is_name, refusal, short
+from crossover_jax.islands.heads import PARAMS, STATE, is_incarnation, is_name, refusal, short
 from crossover_jax.islands.layout import Layout
 from crossover_jax.islands.ledger import ABORTED, COMMITTED, Ledger, Publication, Segment
+from crossover_jax.islands.links import Links
 from crossover_jax.islands.peers import deal, deal_again
 from crossover_jax.islands.roster import Superseded
 from crossover_jax.islands.stream import Head, LinkError
 from crossover_jax.islands.transport import Conversation, Transport
-
-log = logging.getLogger("crossover_jax.islands")
 
 
 class Refused(LinkError):
@@ -51,18 +48,15 @@ class Node:
         self.name, self.incarnation, self.layout, self.transport = name, incarnation, layout, transport
         self.patience, self.limit = patience, limit
         self.ledger, self.clock = Ledger(len(layout.segments), rounds, layout.mixed), Clock()
-        self.members: dict[str, str] = {}  # addresses of the others, by name or, where that is unknown, by themselves
+        self.links = Links(name)
         self.incarnations: dict[str, int] = {}  # the newest that was heard of, by name
         self.over: Exception | None = None  # why this life must end
         self.hosts: list[str] = []  # addresses of this island's hosts, the first one's first
         self.is_founder, self.origin, self.steps, self.exchanged, self.due = False, "", 0, 0, 0
         self.distance = math.nan
-        self.errors: dict[str, str] = {}  # the last of each link, until it works again
-        self.counts: collections.Counter[str] = collections.Counter()
         self.wanted: dict[str, list[asyncio.Future]] = {STATE: [], PARAMS: []}
         self._published_at, self._interval = -math.inf, 1.0  # when it was, seconds from one to the next
         self._asking, self._published = 0.0, asyncio.Event()  # seconds to an answer
-        self._not_before: dict[str, tuple[float, float]] = {}  # of peers that failed: when, and then how long
         self._dealt: tuple[int, list[list[str]]] = -1, []
         self._rng = np.random.default_rng([seed, incarnation % (1 << 32), *name.encode()])
         self._ids = itertools.count()
@@ -76,7 +70,7 @@ class Node:
         if now > self._published_at > -math.inf:
             self._interval = now - self._published_at
         self._published_at = now
-        self.due += len(self.layout.segments) * self.ledger.rounds if self.members else 0
+        self.due += len(self.layout.segments) * self.ledger.rounds if self.links.members else 0
         self._published.set()
         self._published = asyncio.Event()
 
@@ -112,9 +106,7 @@ class Node:
         return self._dealt[1][segment]
 
     def _living(self) -> list[str]:
-        """Who is not known to be away."""
-        now = asyncio.get_running_loop().time()
-        return [peer for peer in self.members if self._not_before.get(peer, (0.0, 0.0))[0] <= now]
+        return self.links.living(asyncio.get_running_loop().time())
 
     # Asking
 
@@ -128,16 +120,17 @@ class Node:
         try:
             async with self._conversation(peer, "exchange", segment=segment, id=id) as (conversation, head):
                 if "granted" in head:
-                    theirs = await self._swap(conversation, segment, publication)
+                    theirs = await self._swap(conversation, peer, segment, publication)
                     granted = head.get("incarnation")
                     await conversation.send({"confirm": True})
                     head, _ = await conversation.receive()
                     granted = None  # the other has spoken: there is nothing to ask for
                     self._raise_if_refused(head)
                     outcome = head.get("outcome", ABORTED)
-                self.counts["busy"] += "busy" in head
+                self.links.counts["busy"] += "busy" in head
         except LinkError as error:
-            self._note(peer, error)
+            self.links.leave_alone(peer, asyncio.get_running_loop().time())
+            self.links.keep_error(peer, str(error), "failed")
             if granted is not None:
                 outcome = await self._outcome(peer, id, granted)
         finally:
@@ -147,13 +140,15 @@ class Node:
         self.exchanged += took_place
         return took_place
 
-    async def _swap(self, conversation: Conversation, segment: int, publication: Publication) -> Segment:
+    async def _swap(self, conversation: Conversation, peer: str, segment: int, publication: Publication) -> Segment:
         """Both segments at once; theirs, if it is good. Raises `LinkError`."""
-        longest = self.layout.size(segment)
+        longest, began = self.layout.size(segment), asyncio.get_running_loop().time()
         sending = asyncio.ensure_future(conversation.send({}, *publication.segments[segment]))
         try:
             _, body = await conversation.receive(longest)
             await sending
+            seconds = asyncio.get_running_loop().time() - began
+            self.links.count(peer, longest, seconds, conversation.packets())
         finally:
             sending.cancel()
             with contextlib.suppress(asyncio.CancelledError, LinkError):
@@ -179,7 +174,7 @@ class Node:
             except LinkError:
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, 2.0)
-        self.counts["outcomes that nobody knew"] += 1
+        self.links.counts["outcomes that nobody knew"] += 1
         return ABORTED
 
     async def status(self, peer: str, address: str | None = None) -> Head:
@@ -207,7 +202,7 @@ class Node:
         self, peer: str, do: str, address: str | None = None, **request: Any
     ) -> AsyncIterator[tuple[Conversation, Head]]:
         """One with a peer, or with whoever is at an address, and the first answer in it."""
-        where = address or self.members.get(peer)
+        where = address or self.links.members.get(peer)
         if where is None:
             raise LinkError(f"{peer} is not in the roster")
         began = asyncio.get_running_loop().time()
@@ -217,29 +212,13 @@ class Node:
             self._asking += 0.1 * (asyncio.get_running_loop().time() - began - self._asking)
             self._raise_if_refused(head)
             self._hear(head, conversation.peer or (None if address else peer))
-            self._not_before.pop(peer, None)
-            self.errors.pop(peer, None)
+            self.links.works(peer)
             yield conversation, head
 
     def _raise_if_refused(self, head: Head) -> None:
         if "refused" in head:
             self._supersede(head.get("superseded"))
             raise Refused(f"refused: {short(head['refused'])}")
-
-    def _note(self, peer: str, error: LinkError) -> None:
-        """Keep what went wrong with a link, and leave it alone for a while."""
-        wait = self._not_before.get(peer, (0.0, 1.0))[1]
-        self._not_before[peer] = asyncio.get_running_loop().time() + wait, min(2 * wait, 30.0)
-        self.keep_error(peer, str(error), "failed")
-
-    def keep_error(self, peer: str, why: str, count: str) -> None:
-        """Show it, and log it if it is another one than the last; of peers that nobody knows there may be many."""
-        self.counts[count] += 1
-        if self.errors.pop(peer, None) != why:
-            log.warning("%s, exchange with %s: %s", self.name, peer, why)
-        self.errors[peer] = why
-        if len(self.errors) > OTHERS + len(self.members):
-            del self.errors[next(iter(self.errors))]
 
     # Answering
 
@@ -248,7 +227,7 @@ class Node:
         head, _ = await conversation.receive()
         refused = refusal(head, conversation.peer, self.layout, self.incarnations)
         if refused:
-            self.keep_error(short(head.get("from")), f"it was refused: {refused['refused']}", "refused")
+            self.links.keep_error(short(head.get("from")), f"it was refused: {refused['refused']}", "refused")
             await conversation.send(self.hello() | refused)
             return
         self._hear(head)
@@ -270,14 +249,14 @@ class Node:
             return
         try:
             await conversation.send(self.hello() | {"granted": publication.number})
-            theirs = await self._swap(conversation, segment, publication)
+            theirs = await self._swap(conversation, head["from"], segment, publication)
             said, _ = await conversation.receive()
             self._raise_if_refused(said)
             if said.get("confirm") is True and self.ledger.commit(id, theirs):
                 self.exchanged += 1
-                self.errors.pop(head["from"], None)
+                self.links.errors.pop(head["from"], None)
         except LinkError as error:
-            self.keep_error(head["from"], str(error), "failed")
+            self.links.keep_error(head["from"], str(error), "failed")
             raise
         finally:
             outcome = self.ledger.abort(id)  # does nothing once it has been committed
@@ -341,10 +320,11 @@ class Node:
             "exchanged": self.exchanged,
             "due": max(self.due, self.exchanged),  # by who came before it was known that anybody is there
             "distance": self.distance if math.isfinite(self.distance) else None,
-            "errors": self.errors,
+            "errors": self.links.errors,
+            "impaired": {peer: why for peer, why in self.links.impaired.items() if peer in self.links.members},
             "strangers": getattr(self.transport, "refused", {}),
-            "counts": dict(self.counts),
-            "members": sorted(self.members),
+            "counts": dict(self.links.counts),
+            "members": sorted(self.links.members),
             "incarnations": self.incarnations,
             "hosts": self.hosts,
         }

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import ssl
 import struct
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ class Stream:
     ):
         self.reader, self.writer, self.timeout, self.if_mute, self.on_head = reader, writer, timeout, if_mute, on_head
         self._begun = b""  # of the next message
+        self._packets = 0, 0
         self._until = asyncio.get_running_loop().time() + OLDEST
         self.peer = name_of(writer.get_extra_info("peercert"))
         self.whom = self.peer or whom
@@ -82,6 +84,17 @@ class Stream:
                 async with asyncio.timeout(self.timeout):
                     body[start:end] = await self.reader.readexactly(end - start)
         return head, body
+
+    def packets(self) -> tuple[int, int]:
+        """Packets that were sent since the last call, and sent again; zeros where the system does not say."""
+        try:
+            sock = self.writer.get_extra_info("socket")
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 140)
+            found = *struct.unpack_from("=I", info, 136), *struct.unpack_from("=I", info, 100)  # of struct tcp_info
+        except (AttributeError, OSError, struct.error):  # not Linux
+            return 0, 0
+        (sent, again), self._packets = self._packets, found
+        return found[0] - sent, found[1] - again
 
     async def end(self, seconds: float) -> None:
         """Send what is still to be sent, but not for ever: the other may not read it."""

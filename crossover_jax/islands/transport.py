@@ -26,7 +26,7 @@ KEPT = 64  # connections that wait for their next conversation
 class Conversation(Protocol):
     """Two islands taking turns, on one connection. `peer` is the name in the other's certificate; None without TLS.
 
-    Both calls raise `LinkError`, at the latest when nothing has moved for the transport's time-out.
+    Sending and receiving raise `LinkError`, at the latest when nothing has moved for the transport's time-out.
     """
 
     peer: str | None
@@ -36,6 +36,9 @@ class Conversation(Protocol):
 
     async def receive(self, longest: int = 0) -> tuple[Head, bytearray]:
         """The next message. One with a longer body than `longest` bytes is refused before it is read."""
+
+    def packets(self) -> tuple[int, int]:
+        """Packets that were sent since the last call, and of them how many again; zeros where nobody knows."""
 
 
 @runtime_checkable

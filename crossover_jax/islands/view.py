@@ -123,6 +123,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines = [f"{name} does not answer: {head['error']}" for name, head in islands.items() if "error" in head]
     for name, head in answer.items():
         lines += [f"{name}, exchange with {peer}: {why}" for peer, why in _parts(head.get("errors")).items()]
+        lines += [f"{name}, link to {peer}: {why}" for peer, why in _parts(head.get("impaired")).items()]
         lines += [f"{name} has refused {why}" for why in _parts(head.get("strangers")).values()]
     return "\n\n".join(
         [title, *([as_table(HEADER, rows)] if rows else []), *(["\n".join(map(short, lines))] if lines else [])]

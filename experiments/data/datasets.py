@@ -105,8 +105,8 @@ def load(name: str, split: str, *, data_dir: str | pathlib.Path, sequence: int =
     `split` is in TFDS' language: "train", "test", "validation", "train[:90%]", "train[90%:]". Small sets are decoded
     into memory and kept beside their files, 12 s once for Fashion-MNIST, then 0.2 s; slices are views. For "text",
     `data_dir` is a file, a folder or a pattern of files, the same on all hosts, in windows of `sequence` bytes; its
-    "validation" is the tenth before the last. Raises `DataMissing` with what to do when the data are not there and `ValueError` for an unknown
-    name or split.
+    "validation" is the tenth before the last. Raises `DataMissing` with what to do when the data are not there and
+    `ValueError` for an unknown name or split.
     """
     dataset = describe(name, sequence=sequence)
     source = _windows(data_dir, sequence, split) if name == "text" else _prepared(name, split, data_dir)

@@ -147,7 +147,7 @@ def _hook_conversations(control: Control) -> None:
 def _hook_swaps(control: Control) -> None:
     swap = Node._swap
 
-    async def hooked(self: Node, conversation: Any, segment: int, publication: Any) -> Any:
+    async def hooked(self: Node, conversation: Any, peer: str, segment: int, publication: Any) -> Any:
         size = self.layout.size(segment)
         if control.is_aimed(SENDING):
             conversation.writer = HalfWriter(conversation.writer, control, size)
@@ -155,7 +155,7 @@ def _hook_swaps(control: Control) -> None:
             conversation.reader = HalfReader(conversation.reader, control, size)
         elif not self.exchanged and control.is_aimed(FIRST):
             asyncio.get_running_loop().call_soon(control.hit, FIRST)
-        return await swap(self, conversation, segment, publication)
+        return await swap(self, conversation, peer, segment, publication)
 
     Node._swap = hooked
 

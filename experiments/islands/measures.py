@@ -189,13 +189,11 @@ def sign(event: Event, victim: str, before: View, view: View, looks: Sequence[tu
         return (
             f"{victim} is new, its state from {head.get('origin')}" if event.is_new_life or event.fault == LATE else ""
         )
-    for other, said in view.items():
-        error = said.get("errors", {}).get(victim)
-        if error and error != before.get(other, {}).get("errors", {}).get(victim):
-            return f"{other}, exchange with {victim}: {error}"
-    for peer, error in head.get("errors", {}).items():
-        if error != old.get("errors", {}).get(peer):
-            return f"{victim}, exchange with {peer}: {error}"
+    for said in ("errors", "impaired"):
+        for name, peer in [(other, victim) for other in view] + [(victim, other) for other in view]:
+            why = view[name].get(said, {}).get(peer)
+            if why and why != before.get(name, {}).get(said, {}).get(peer):
+                return f"{name}, link to {peer}: {why}"
     if event.fault in (SLOW, HALF, LOSS) and at - event.at > 4:
         first = next(look for when, look in looks if when > event.at + 0.5)
         return _falls_behind(victim, first, view)

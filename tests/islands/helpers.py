@@ -29,7 +29,7 @@ class Values:
         self.values, self.period, self.number = values, period, 0
         self.rng = np.random.default_rng([seed, *name.encode()])
         self.node = Node(name, incarnation, layout(len(values)), network.transport(name), seed=seed, **keys)
-        self.node.members = {other: f"{other}:1" for other in names if other != name}
+        self.node.links.members = {other: f"{other}:1" for other in names if other != name}
         self.applied = []  # the segments of each publication
         self.tasks = []
 

@@ -42,7 +42,7 @@ class Peer:
         return self
 
     def meets(self, *peers):
-        self.node.members = {peer.name: peer.address for peer in peers}
+        self.node.links.members = {peer.name: peer.address for peer in peers}
 
     def step(self):
         self.number += 1
@@ -80,8 +80,8 @@ async def pair(**keys):
         await exchanges(a, b)
         yield a, b
         await exchanges(a, b)
-        assert "b" not in a.node.errors
-        assert "a" not in b.node.errors
+        assert "b" not in a.node.links.errors
+        assert "a" not in b.node.links.errors
     finally:
         for peer in (a, b):
             for task in peer.tasks:

@@ -57,7 +57,7 @@ async def record(a):
     h = await Peer("h").start()
     h.node._ids = itertools.count(FIRST)
     async with Wire(a) as wire:
-        h.node.members = {"a": wire.address}
+        h.node.links.members = {"a": wire.address}
         assert await h.node.exchange(0, "a")
     await h.stop()
     assert f"h@1:{FIRST}".encode() in wire.said
@@ -160,7 +160,7 @@ def test_damaged_answers_leave_an_island_as_able_as_before(seed):
             h = await Peer("h").start()
             living = asyncio.create_task(h.live(0.005))
             async with Wire(h) as wire:
-                a.node.members = {"h": wire.address}
+                a.node.links.members = {"h": wire.address}
                 while not wire.answered or not a.node.exchanged:
                     wire.answered = b""
                     await a.node.exchange(0, "h")
@@ -170,7 +170,7 @@ def test_damaged_answers_leave_an_island_as_able_as_before(seed):
             rng = np.random.default_rng(seed)
             before, whole = a.node.exchanged, wire.answered
             async with Wire(h, iter(whole if k % 8 == 0 else damaged(whole, rng) for k in itertools.count())) as wire:
-                a.node.members = {"h": wire.address}
+                a.node.links.members = {"h": wire.address}
                 asked = 0
 
                 async def ask(k):

@@ -72,14 +72,14 @@ def test_a_certificate_that_does_not_hold_is_refused_on_both_sides(
             tls = Tls(str(certified / authority / "ca.crt"), str(own / "h.crt"), str(own / "h.key"))
             h = await Peer("h", tls=tls).start()
             h.meets(a)
-            a.node.members["h"] = h.address
+            a.node.links.members["h"] = h.address
             for _ in range(3):
                 assert not await h.node.exchange(0, "a")
                 assert not await exchange_of(a, "h")
-            assert re.search(client, h.node.errors["a"])
+            assert re.search(client, h.node.links.errors["a"])
             await until(lambda: said_in(caplog, f"connection from 127.0.0.1: .*({server})"))
-            assert re.search("certificate", a.node.errors["h"])  # as the client a has its own sentence
-            a.node.members.pop("h"), a.node.errors.pop("h")
+            assert re.search("certificate", a.node.links.errors["h"])  # as the client a has its own sentence
+            a.node.links.members.pop("h"), a.node.links.errors.pop("h")
             await h.stop()
             assert h.node.exchanged == 0
 
@@ -118,12 +118,12 @@ def test_a_member_cannot_speak_for_another(certified, caplog):
             false.meets(a)
             assert not await false.node.exchange(0, "a")
             sentence = "the certificate is that of 'c', not of 'b'"
-            assert false.node.errors["a"] == f"refused: {sentence}"
+            assert false.node.links.errors["a"] == f"refused: {sentence}"
             assert said_in(caplog, sentence)
-            a.node.members["b"] = false.address  # as of a roster that somebody has written into
-            await until(lambda: "not valid for 'b'" in a.node.errors.get("b", ""))
-            a.meets(b), a.node._not_before.clear()
-            await until(lambda: "b" not in a.node.errors)
+            a.node.links.members["b"] = false.address  # as of a roster that somebody has written into
+            await until(lambda: "not valid for 'b'" in a.node.links.errors.get("b", ""))
+            a.meets(b), a.node.links._not_before.clear()
+            await until(lambda: "b" not in a.node.links.errors)
             assert a.node.incarnations["b"] == 1
             await false.stop()
 
@@ -139,10 +139,10 @@ def test_an_answer_in_the_name_of_another_is_not_believed(how):
             honest = c.node.hello
             for name in ("a", "b"):
                 c.node.hello = lambda name=name: honest() | {"from": name, "incarnation": 1 << 60}
-                a.node.members["c"] = c.address
+                a.node.links.members["c"] = c.address
                 with pytest.raises(LinkError, match=f"'c' was asked, and {name} has answered"):
                     await a.node.status("c")
-                a.node.members.pop("c")
+                a.node.links.members.pop("c")
             assert a.node.over is None
             assert a.node.incarnations == {"b": 1}
             await c.stop()
@@ -156,12 +156,12 @@ def test_the_observer_may_look_and_nothing_else(certified):
             observer = await Peer("observer", keys=certified / "run").start()
             observer.meets(a)
             assert (await observer.node.status("a"))["steps"] == 0
-            before = a.node.counts["refused"]
+            before = a.node.links.counts["refused"]
             assert not await observer.node.exchange(0, "a")
-            assert observer.node.errors["a"] == "refused: 'observer' may look, and nothing else"
+            assert observer.node.links.errors["a"] == "refused: 'observer' may look, and nothing else"
             with pytest.raises(LinkError, match="may look, and nothing else"):
                 await observer.node.fetch("a", "state", 8)
-            assert a.node.counts["refused"] == before + 2
+            assert a.node.links.counts["refused"] == before + 2
             await observer.stop()
 
     run(talk())
@@ -228,7 +228,7 @@ def test_a_thousand_silent_connections_hold_up_nobody(how, source):
             assert len(a.tcp._answering) <= WAITING + 2 * SEGMENTS
             for one in sockets:
                 one.close()
-            a.node.errors.clear(), b.node.errors.clear()  # one of theirs may have been the oldest
+            a.node.links.errors.clear(), b.node.links.errors.clear()  # one of theirs may have been the oldest
 
     run(talk())
 
@@ -286,10 +286,10 @@ async def ask(peer, *messages):
 async def granted(peer, *messages):
     """As `ask`, of a segment that the other has on offer: the answers behind its grant, and its words on the link."""
     for segment in itertools.chain.from_iterable(itertools.repeat(range(SEGMENTS), 50)):
-        peer.node.errors.pop("h", None)
+        peer.node.links.errors.pop("h", None)
         heads = await ask(peer, framed(request(segment)), *messages)
         if "granted" in heads[0]:
-            return heads[1:], peer.node.errors.get("h", "")
+            return heads[1:], peer.node.links.errors.get("h", "")
         await asyncio.sleep(0.003)
     raise AssertionError("a segment is never granted")
 
@@ -416,14 +416,16 @@ def test_nan_and_absurdly_large_segments_are_applied_by_neither(how, bad):
             h = await Peer("h", **how).start()
             h.meets(a), h.values.fill(bad), h.step()
             end = time.monotonic() + 30
-            while not re.search("refused: segment 0 must be finite and at most 100 times", h.node.errors.get("a", "")):
+            while not re.search(
+                "refused: segment 0 must be finite and at most 100 times", h.node.links.errors.get("a", "")
+            ):
                 assert time.monotonic() < end
                 assert not await h.node.exchange(0, "a")  # it may be busy
                 await asyncio.sleep(0.003)
-            await until(lambda: "segment 0 must be finite and at most 100 times" in a.node.errors.get("h", ""))
-            a.node.members["h"] = h.address
+            await until(lambda: "segment 0 must be finite and at most 100 times" in a.node.links.errors.get("h", ""))
+            a.node.links.members["h"] = h.address
             assert not await exchange_of(a, "h")
-            a.node.members.pop("h")
+            a.node.links.members.pop("h")
             assert h.step() == 0
             assert np.isfinite(a.values).all()
             await h.stop()
@@ -448,7 +450,7 @@ def test_another_model_wire_or_cut_is_refused_by_name():
             h = Peer("h", layout=payload.layout)
             h.meets(a), h.node.publish(Publication(1, segments, 0.0))
             assert not await h.node.exchange(0, "a")
-            assert h.node.errors["a"].startswith(f"refused: {sentence}")
+            assert h.node.links.errors["a"].startswith(f"refused: {sentence}")
         await a.tcp.close()
 
     run(talk())
@@ -531,9 +533,9 @@ def test_an_error_is_shown_until_the_link_works_again_whoever_asks():
     async def talk():
         a, b = [await Peer(name).start() for name in "ab"]
         b.meets(a)
-        a.node.errors["b"] = "it was refused: another model"
+        a.node.links.errors["b"] = "it was refused: another model"
         assert await b.node.exchange(0, "a")
-        assert a.node.errors == {}
+        assert a.node.links.errors == {}
         await a.stop(), await b.stop()
 
     run(talk())

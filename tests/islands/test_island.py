@@ -237,7 +237,9 @@ def test_a_dns_name_is_a_roster_whose_addresses_learn_their_names(begin, monkeyp
             values[k] = states[k]["params"]
             assert islands[k].status()["origin"].startswith("a, at its step")
     for island, others in zip(islands, (["b", "c"], ["a", "c"], ["a", "b"]), strict=True):
-        until(lambda own=island, others=others: walk(islands, values, states) or sorted(own._node.members) == others)
+        until(
+            lambda own=island, others=others: walk(islands, values, states) or sorted(own._node.links.members) == others
+        )
     until(lambda: walk(islands, values, states) or all(island._node.exchanged > 10 for island in islands))
     assert list(look(roster, tls=None, timeout=1.0)) == [f"127.0.7.5:{port}", "a", "b", "c"]
 

@@ -61,8 +61,8 @@ def test_the_same_seed_is_the_same_run():
 def test_a_lost_last_word_is_asked_for_so_that_lost_messages_do_not_move_the_sum(loss):
     network = Network(latency=0.02, loss=loss, seed=2)
     islands, first = run(exchange(4, 100, num_segments=4, network=network))
-    assert sum(island.node.counts["failed"] for island in islands) > 5
-    assert sum(island.node.counts["outcomes that nobody knew"] for island in islands) == 0
+    assert sum(island.node.links.counts["failed"] for island in islands) > 5
+    assert sum(island.node.links.counts["outcomes that nobody knew"] for island in islands) == 0
     np.testing.assert_allclose(stacked(islands).mean(0), first.mean(0), atol=1e-12)
 
 
@@ -124,7 +124,7 @@ def test_the_holder_dies_in_the_middle_and_the_segment_is_free_again(when):
         network.is_that = dies
         assert not await a.node.exchange(0, "b")
         assert a.node.ledger.is_offered(0)
-        assert "b" in a.node.errors
+        assert "b" in a.node.links.errors
         a.step()
         return a.values, first
 
@@ -151,7 +151,7 @@ def test_another_fingerprint_is_refused_and_named():
         (a, b), _ = await pair(network)
         a.node.layout = a.node.layout._replace(fingerprint="other")
         assert not await a.node.exchange(0, "b")
-        return a.node.errors["b"], b.node.exchanged
+        return a.node.links.errors["b"], b.node.exchanged
 
     error, exchanged = run(scene())
     assert "fingerprints differ" in error
@@ -170,7 +170,9 @@ def test_what_is_not_finite_or_absurdly_large_is_applied_by_neither(bad, who):
         await asyncio.sleep(1.0)
         good = islands[1 - who]
         good.step()
-        assert "finite and at most" in " ".join([*good.node.errors.values(), *islands[who].node.errors.values()])
+        assert "finite and at most" in " ".join(
+            [*good.node.links.errors.values(), *islands[who].node.links.errors.values()]
+        )
         return good.values, first[1 - who]
 
     values, first = run(scene())
@@ -219,7 +221,7 @@ def test_who_is_not_there_is_an_error_of_the_link_and_is_left_alone_for_a_while(
         (a, _), _ = await pair(network)
         network.dead.add("b")
         assert not await a.node.exchange(0, "b")
-        assert "refused" in a.node.errors["b"]
+        assert "refused" in a.node.links.errors["b"]
         a.step()
         assert a.node._peers(a.number, 0) == []
         with pytest.raises(LinkError, match="not in the roster"):

@@ -35,7 +35,7 @@ def run(tmp_path_factory):
         a.join({"w": values[0]}, clock={})
         (root / "roster" / "c.island").write_text(json.dumps({"address": "127.0.0.1:1", "incarnation": 1, "beat": 1}))
         end = time.monotonic() + 60
-        while "a" not in b._node.members:  # what is exchanged before that counts, and is not due
+        while "a" not in b._node.links.members:  # what is exchanged before that counts, and is not due
             assert time.monotonic() < end
             time.sleep(0.01)
         while min(island.status()["exchanged"] for island in islands) < 8:
