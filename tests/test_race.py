@@ -145,6 +145,11 @@ def test_the_tiny_form_measures_every_contender_once(form, folder, tmp_path):
     reached = next(r for r in steps if (r["contender"], r["part"]) == (whole["contender"], "test"))
     assert whole["steps"] == reached["steps"]
     assert float(whole["seconds"]) > 0.01 * int(whole["steps"])
+    if form == "tiny":
+        (row,) = rows_of(tmp_path, "islands")
+        level, wait = race.TINY["level"], 0.01
+        assert float(row["best"]) >= level
+        assert float(row["seconds"]) > 0.8 * wait * int(row["steps"])  # two hosts that wait at the same time
     task = tasks.TASKS["images"]
     for row in seconds:
         limit = race.predict(row["contender"], task, 2, "50mbit", 0.01)

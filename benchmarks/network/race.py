@@ -12,11 +12,14 @@ hours, so a time is a product:
     seconds   of a step, on hosts with limited links. `wait` is a timed wait in each step, which stands for a gradient;
               of PyTorch's a third is in the forward pass and the rest spread over the layers of the backward pass
     whole     some runs end to end, by which the product is checked
+    islands   runs end to end of islands, for a product cannot say how long they take; the learning rate is that of
+              `int8`, the same exchange on a mesh
 
 Each is a CSV, race_steps.csv and so on. Evaluations are not counted. `--table` also has what `plan` predicts.
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -40,7 +43,20 @@ from crossover_jax.text import as_table
 STEPS = ("task", "contender", "hosts", "part", "learning_rate", "seed", "steps", "best")
 SECONDS = ("task", "contender", "hosts", "link", "wait", "slowness", "count", "step_s", "frame_bytes")
 WHOLE = ("task", "contender", "hosts", "link", "wait", "learning_rate", "seed", "steps", "seconds", "score")
-COLUMNS = {"steps": STEPS, "seconds": SECONDS, "whole": WHOLE}
+ISLANDS = (
+    "task",
+    "contender",
+    "hosts",
+    "link",
+    "wait",
+    "slowness",
+    "learning_rate",
+    "seed",
+    "steps",
+    "seconds",
+    "best",
+)
+COLUMNS = {"steps": STEPS, "seconds": SECONDS, "whole": WHOLE, "islands": ISLANDS}
 HEADERS = 1.05  # of the bytes of frames to those of messages: docs/performance.md
 LATENCY = 1e-4  # seconds, of a message between two idle hosts of the laboratory
 OURS = ("allreduce", "sgp", "crossover", "rows", "int8", "int8/during", "outer/16", "outer/16/int8", "outer/64/int8")
@@ -48,6 +64,7 @@ THEIRS = (
     *("ddp", "decent/complete", "decent/one-peer-exp", "post_local/4/100", "post_local/16/0", "post_local/64/0"),
     *("diloco/16", "diloco/64"),
 )
+SHORT = ("allreduce", "int8", "outer/16/int8", "ddp", "decent/one-peer-exp", "post_local/16/0", "diloco/16")
 BASES = {False: "alone", True: "local"}  # of ours and of theirs, what exchanges nothing
 
 
@@ -61,6 +78,7 @@ class Form(NamedTuple):
     whole: tuple[tuple[str, str, float], ...] = ()  # contender, link, wait
     slowness: float = 1.0  # of host 0, whose waits take so many times as long
     changed: dict | None = None  # of the task
+    islands: tuple[str, ...] = ()
 
 
 WHOLE_CELLS = (
@@ -78,6 +96,7 @@ FORMS = {
         1,
         (("outer/4", "50mbit", 0.01),),
         changed=TINY,
+        islands=("islands/1",),
     ),
     "tiny_peers": Form(
         2,
@@ -90,12 +109,13 @@ FORMS = {
         changed=TINY,
     ),
     "short": Form(
-        *(8, ("images",), ("int8", "outer/16/int8", "ddp", "post_local/16/0", "diloco/16")),
-        *(("5mbit", "50mbit"), (0.05,), 1, WHOLE_CELLS[:2]),
+        *(8, ("images",), SHORT, ("5mbit", "50mbit", "200mbit"), (0.05,), 3, WHOLE_CELLS),
+        islands=("islands/1",),
     ),
     "full": Form(
         *(8, ("images", "text"), (*OURS, "streamed/16", *THEIRS)),
         *(("5mbit", "50mbit", "200mbit"), (0.05, 0.2), 3, WHOLE_CELLS),
+        islands=("islands/1", "islands/4"),
     ),
 }
 
@@ -291,6 +311,33 @@ class Race:
             values = {"learning_rate": rate, "seed": 1, "steps": steps, "seconds": f"{seconds:.2f}"}
             self.add("whole", **same, **values, score=f"{score:.4f}")
 
+    # Islands
+
+    def measure_islands(self, name: str) -> None:
+        """To the level, or to the end of the schedule: what the clock counts are steps of all hosts together."""
+        task, n = self.task(name), self.form.hosts
+        for contender in self.form.islands:
+            for link, wait, seed in itertools.product(self.form.links, self.form.waits, range(1, 1 + self.form.seeds)):
+                same = {"task": name, "contender": contender, "link": link, "wait": wait, "seed": seed}
+                same |= {"slowness": self.form.slowness}
+                if self.rows("islands", **same):
+                    continue
+                rate = self.best_rate(name, "int8")
+                with tempfile.TemporaryDirectory(dir=hosts.FOLDER) as folder:
+                    path = pathlib.Path(folder, "models.npy")
+                    shape = (1, task.steps // task.every, n, tasks.num_params(task))
+                    np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+                    job = {"kind": "islands", "task": name, "contender": contender, "runs": [(seed, rate)]}
+                    job |= {"models": str(path), "wait": wait, "slow_host": 0, "slowness": self.form.slowness}
+                    outputs = self.run(link, **job)
+                    evaluate = in_jax.make_evaluate(task, tasks.read(self.folder, name, "test"))
+                    scores = [evaluate(models.mean(0)) for models in np.load(path, mmap_mode="r")[0]]
+                at = next((i for i, score in enumerate(scores) if is_reached(score, task)), None)
+                seconds = "" if at is None else f"{max(host['seconds'][0][at] for host in outputs):.2f}"
+                values = {"learning_rate": rate, "steps": "" if at is None else (at + 1) * task.every}
+                best = (min if task.is_loss else max)(scores)
+                self.add("islands", **same, **values, seconds=seconds, best=f"{best:.4f}")
+
     # What came out
 
     def step_seconds(self, name: str, contender: str, link: str, wait: float) -> float | None:
@@ -332,10 +379,30 @@ class Race:
             for row in self.rows("whole")
             if (product := self._product(row))
         ]
+        runs = {(row["contender"], row["link"], row["wait"], row["slowness"]) for row in self.rows("islands")}
+        lines = [(*run, *self._islands_line(run)) for run in sorted(runs)]
+        if lines:
+            header = ("islands", "link", "wait", "one host slower", "steps", "seconds", "range", "DDP, s", "ratio")
+            parts.append(as_table(header, lines))
         if whole:
             header = ("end to end", "link", "wait", "steps", "seconds", "product", "score")
             parts.append(as_table(header, whole))
         return "\n\n".join(parts)
+
+    def _islands_line(self, run: tuple[str, ...]) -> tuple[str, ...]:
+        """Steps and seconds to the level beside DDP's, whose steps a slow host makes longer and not more."""
+        contender, link, wait, slowness = run
+        rows = self.rows("islands", contender=contender, link=link, wait=float(wait), slowness=float(slowness))
+        steps, seconds = ([float(row[name] or "inf") for row in rows] for name in ("steps", "seconds"))
+        like = {"task": rows[0]["task"], "contender": "ddp"}
+        each = self.rows("seconds", **like, link=link, wait=float(wait), slowness=float(slowness))
+        counts = [float(row["steps"] or "inf") for row in self.rows("steps", **like, part="test")]
+        median = statistics.median(seconds)
+        shown = f"{statistics.median(steps):g}", f"{median:.1f}", _range(seconds, ".1f")
+        if not each or not counts:
+            return *shown, "", ""
+        ddp = statistics.median(counts) * float(each[-1]["step_s"])
+        return *shown, f"{ddp:.1f}", f"{median / ddp:.2f}"
 
     def _product(self, row: dict[str, str]) -> float | None:
         each = self.step_seconds(row["task"], row["contender"], row["link"], float(row["wait"]))

@@ -2,6 +2,7 @@
 
 {"kind": "train", "contender": "ddp", "runs": [[seed, learning rate], ...], ...}: the models of every evaluation,
     to a file that all hosts share; and seconds until each
+{"kind": "islands", ...}: the same of one run, each host by itself
 {"kind": "time", "contenders": ["ddp", ...], "waits": [0.05, ...], ...}: seconds and bytes of their steps
 """
 
@@ -22,6 +23,12 @@ from benchmarks.network.contenders import tasks
 def main(argv: list[str]) -> None:
     job, me = json.loads(argv[0]), int(argv[2])
     n, task = job["hosts"], tasks.TASKS[job["task"]]._replace(**job.get("changed", {}))
+    if job["kind"] == "islands":
+        from benchmarks.network.contenders import in_islands
+
+        own = tasks.read(pathlib.Path(job["folder"]), job["task"], "train")
+        print(json.dumps(in_islands.train(job, task, me, own)), flush=True)
+        return
     if "contender" in job:
         job["contenders"] = [job["contender"]]
     make, barrier = join(job["contenders"], task, n, me)
