@@ -23,7 +23,7 @@ lm: RUN := lm
 lm: .venv
 	JAX_NUM_CPU_DEVICES=8 $(BIN)/python experiments/train.py --config=experiments/configs/lm.py --workdir=$(WORKDIR)
 
-# Islands under every fault, about 15 minutes; WORKDIR/storm.png shows it. As root faults of links too.
+# Islands under every fault, about 8 minutes; WORKDIR/storm.png shows it. As root faults of links too.
 storm: RUN := storm
 storm: .venv
 	$(BIN)/python -m experiments.islands.storm --workdir=$(WORKDIR)

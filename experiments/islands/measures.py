@@ -13,6 +13,7 @@ from experiments.islands.fleet import Fleet, Life
 
 AFTER_S = 10.0  # how long behind an event survivors are looked at, and in which the view must name it
 SETTLING_S = 3.0  # behind all returns; then it is calm
+_WORSE = {HALF: "Mbit/s", LOSS: "packets"}  # what islands say of a link that is worse
 View = Mapping[str, Mapping[str, Any]]  # of `islands.look`
 
 
@@ -189,12 +190,14 @@ def sign(event: Event, victim: str, before: View, view: View, looks: Sequence[tu
         return (
             f"{victim} is new, its state from {head.get('origin')}" if event.is_new_life or event.fault == LATE else ""
         )
-    for said in ("errors", "impaired"):
-        for name, peer in [(other, victim) for other in view] + [(victim, other) for other in view]:
-            why = view[name].get(said, {}).get(peer)
-            if why and why != before.get(name, {}).get(said, {}).get(peer):
-                return f"{name}, link to {peer}: {why}"
-    if event.fault in (SLOW, HALF, LOSS) and at - event.at > 4:
+    for name, peer in [(other, victim) for other in view] + [(victim, other) for other in view]:
+        error = view[name].get("errors", {}).get(peer)
+        if error and error != before.get(name, {}).get("errors", {}).get(peer):
+            return f"{name}, exchange with {peer}: {error}"
+        worse = view[name].get("impaired", {}).get(peer, "")
+        if _WORSE.get(event.fault, "nothing") in worse:  # another fault may not be over yet
+            return f"{name}, link to {peer}: {worse}"
+    if event.fault == SLOW and at - event.at > 4:
         first = next(look for when, look in looks if when > event.at + 0.5)
         return _falls_behind(victim, first, view)
     return ""

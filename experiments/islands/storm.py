@@ -1,6 +1,6 @@
 """A storm of faults over islands on this machine: what it does to the others, and how its victims come back.
 
-    python -m experiments.islands.storm --workdir=runs/storm                           # every fault, about 15 minutes
+    python -m experiments.islands.storm --workdir=runs/storm                           # every fault, about 8 minutes
     python -m experiments.islands.storm --workdir=runs/few --faults killed:saving,slow,late
     python -m experiments.islands.storm --workdir=runs/lm --config=experiments/configs/lm.py -- --config.seed=1
     python -m experiments.islands.storm --workdir=runs/waits --nobody-waits            # does anybody wait for a victim?

@@ -189,6 +189,10 @@ BEFORE = {"a": {"incarnation": 1, "errors": {}}, "v": {"incarnation": 1, "errors
         ("killed", {**BEFORE, "v": {"incarnation": 2, "origin": "a, at its step 7"}}, "v is new, its state from a, at"),
         ("stopped", {**BEFORE, "a": {"incarnation": 1, "errors": {"v": "mute"}}}, "a, exchange with v: mute"),
         ("link down", {**BEFORE, "v": {"incarnation": 1, "errors": {"a": "mute"}}}, "v, exchange with a: mute"),
+        ("half bandwidth", {**BEFORE, "a": {"incarnation": 1, "impaired": {"v": "3 Mbit/s"}}}, "a, link to v: 3 Mbit"),
+        ("packet loss", {**BEFORE, "v": {"incarnation": 1, "impaired": {"a": "1% of packets"}}}, "v, link to a: 1% of"),
+        ("packet loss", {**BEFORE, "v": {"incarnation": 1, "impaired": {"a": "3 Mbit/s"}}}, ""),
+        ("partition", {**BEFORE, "v": {"incarnation": 1, "impaired": {"a": "1% of packets"}}}, ""),
         ("stopped", BEFORE, ""),
     ],
 )

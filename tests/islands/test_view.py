@@ -189,7 +189,12 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("field", [*SAID, "distance", "errors", "strangers"])
+def test_a_link_that_is_worse_than_others_has_a_line():
+    text = view.as_text(view.overview({"a": SAID | {"impaired": {"b": "3 Mbit/s, 40% of the other links"}}}))
+    assert text.splitlines()[-1] == "a, link to b: 3 Mbit/s, 40% of the other links"
+
+
+@pytest.mark.parametrize("field", [*SAID, "distance", "errors", "impaired", "strangers"])
 def test_an_island_that_says_what_it_should_not_spoils_no_others_row(field):
     honest = view.as_text(view.overview({"a": SAID})).splitlines()[3]
     for wrong in WRONG:
