@@ -90,7 +90,7 @@ FORMS = {
     "tiny": Form(
         2,
         ("images",),
-        ("allreduce", "outer/4", "int8/during"),
+        ("allreduce", "outer/4", "int8", "int8/during"),
         ("50mbit",),
         (0.01,),
         1,
