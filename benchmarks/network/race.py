@@ -27,97 +27,16 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from benchmarks.network import hosts
 from benchmarks.network.contenders import in_jax, tasks
-from benchmarks.network.contenders.tasks import TASKS, Task, is_peer, period_of
+from benchmarks.network.contenders.tasks import Task, is_peer, period_of
 from benchmarks.network.hosts import bits_per_second
-from benchmarks.rows import append_rows, read_rows
-from crossover_jax import plan
-from crossover_jax.text import as_table
-
-STEPS = ("task", "contender", "hosts", "part", "learning_rate", "seed", "steps", "best")
-SECONDS = ("task", "contender", "hosts", "link", "wait", "slowness", "count", "step_s", "frame_bytes")
-WHOLE = ("task", "contender", "hosts", "link", "wait", "learning_rate", "seed", "steps", "seconds", "score")
-ISLANDS = (
-    "task",
-    "contender",
-    "hosts",
-    "link",
-    "wait",
-    "slowness",
-    "learning_rate",
-    "seed",
-    "steps",
-    "seconds",
-    "best",
-)
-COLUMNS = {"steps": STEPS, "seconds": SECONDS, "whole": WHOLE, "islands": ISLANDS}
-HEADERS = 1.05  # of the bytes of frames to those of messages: docs/performance.md
-LATENCY = 1e-4  # seconds, of a message between two idle hosts of the laboratory
-OURS = ("allreduce", "sgp", "crossover", "rows", "int8", "int8/during", "outer/16", "outer/16/int8", "outer/64/int8")
-THEIRS = (
-    *("ddp", "decent/complete", "decent/one-peer-exp", "post_local/4/100", "post_local/16/0", "post_local/64/0"),
-    *("diloco/16", "diloco/64"),
-)
-SHORT = ("allreduce", "int8", "outer/16/int8", "ddp", "decent/one-peer-exp", "post_local/16/0", "diloco/16")
-BASES = {False: "alone", True: "local"}  # of ours and of theirs, what exchanges nothing
-
-
-class Form(NamedTuple):
-    hosts: int
-    tasks: tuple[str, ...]
-    contenders: tuple[str, ...]
-    links: tuple[str, ...]
-    waits: tuple[float, ...]
-    seeds: int
-    whole: tuple[tuple[str, str, float], ...] = ()  # contender, link, wait
-    slowness: float = 1.0  # of host 0, whose waits take so many times as long
-    changed: dict | None = None  # of the task
-    islands: tuple[str, ...] = ()
-
-
-WHOLE_CELLS = (
-    *(("ddp", "50mbit", 0.05), ("int8", "50mbit", 0.05)),
-    *(("post_local/16/0", "50mbit", 0.05), ("outer/16/int8", "5mbit", 0.05)),
-)
-TINY = {"steps": 40, "level": 0.3, "rates": (0.1,)}
-FORMS = {
-    "tiny": Form(
-        2,
-        ("images",),
-        ("allreduce", "outer/4", "int8", "int8/during"),
-        ("50mbit",),
-        (0.01,),
-        1,
-        (("outer/4", "50mbit", 0.01),),
-        changed=TINY,
-        islands=("islands/1",),
-    ),
-    "tiny_peers": Form(
-        2,
-        ("images",),
-        ("int8", *THEIRS[:3], "diloco/4"),
-        ("50mbit",),
-        (0.01,),
-        1,
-        (("ddp", "50mbit", 0.01),),
-        changed=TINY,
-    ),
-    "short": Form(
-        *(8, ("images",), SHORT, ("5mbit", "50mbit", "200mbit"), (0.05,), 3, WHOLE_CELLS),
-        islands=("islands/1",),
-    ),
-    "full": Form(
-        *(8, ("images", "text"), (*OURS, "streamed/16", *THEIRS)),
-        *(("5mbit", "50mbit", "200mbit"), (0.05, 0.2), 3, WHOLE_CELLS),
-        islands=("islands/1", "islands/4"),
-    ),
-}
+from benchmarks.network.race_results import BASES, COLUMNS, FORMS, Form, Results, is_reached, predict, without_warmup
+from benchmarks.rows import append_rows
 
 
 def main(argv: Sequence[str]) -> None:
@@ -155,26 +74,18 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
 
 
-class Race:
-    """The measurements of a form, and those that are there already."""
+class Race(Results):
+    """The measurements of a form."""
 
     def __init__(self, form: Form, out: pathlib.Path, folder: pathlib.Path):
-        self.form, self.out, self.folder = form, out, folder
+        super().__init__(form, out)
+        self.folder = folder
         out.mkdir(parents=True, exist_ok=True)
-
-    def rows(self, kind: str, **like: object) -> list[dict[str, str]]:
-        """The rows that have these values."""
-        found = read_rows(self.out / f"race_{kind}.csv")
-        like = {"hosts": self.form.hosts, **like}
-        return [row for row in found if all(_same(row[name], value) for name, value in like.items())]
 
     def add(self, kind: str, **values: object) -> None:
         row = {"hosts": self.form.hosts, **values}
         print(kind, *row.values(), flush=True)
         append_rows(self.out / f"race_{kind}.csv", COLUMNS[kind], [row])
-
-    def task(self, name: str) -> Task:
-        return TASKS[name]._replace(**self.form.changed or {})
 
     def run(self, link: str | None, **job: object) -> list[dict]:
         """What each host says of a job."""
@@ -195,13 +106,6 @@ class Race:
             self._train(name, contender, "validation", tuning)
             final = [(seed, self.best_rate(name, contender)) for seed in range(1, 1 + self.form.seeds)]
             self._train(name, contender, "test", final)
-
-    def best_rate(self, name: str, contender: str) -> float:
-        """Of fewest steps on held-out examples; where no rate gets there, of the best score."""
-        sign = -1 if not TASKS[name].is_loss else 1
-        rows = self.rows("steps", task=name, contender=contender, part="validation")
-        best = min(rows, key=lambda row: (float(row["steps"] or "inf"), sign * float(row["best"])))
-        return float(best["learning_rate"])
 
     def _train(self, name: str, contender: str, part: str, runs: list[tuple[int, float]]) -> None:
         task, same = self.task(name), {"task": name, "contender": contender, "part": part}
@@ -337,141 +241,6 @@ class Race:
                 values = {"learning_rate": rate, "steps": "" if at is None else (at + 1) * task.every}
                 best = (min if task.is_loss else max)(scores)
                 self.add("islands", **same, **values, seconds=seconds, best=f"{best:.4f}")
-
-    # What came out
-
-    def step_seconds(self, name: str, contender: str, link: str, wait: float) -> float | None:
-        same = {"task": name, "link": link, "wait": wait, "slowness": self.form.slowness}
-        rows = self.rows("seconds", contender=without_warmup(contender), **same)
-        return float(rows[-1]["step_s"]) if rows else None
-
-    def seconds_to_level(self, name: str, contender: str, link: str, wait: float) -> list[float]:
-        """Of each seed; none where one of its parts was not measured, infinite where the level was not reached."""
-        each, ddp = (self.step_seconds(name, c, link, wait) for c in (contender, "ddp"))
-        first = warmup_of(contender)
-        if each is None or (first and ddp is None):
-            return []
-        rows = self.rows("steps", task=name, contender=contender, part="test")
-        steps = [float(row["steps"] or "inf") for row in rows]
-        return [min(s, first) * (ddp or 0.0) + max(s - first, 0) * each for s in steps]
-
-    def as_text(self) -> str:
-        parts = []
-        for name in self.form.tasks:
-            for link in self.form.links:
-                for wait in self.form.waits:
-                    lines = sorted(self._lines(name, link, wait), key=lambda line: line[0])
-                    header = (
-                        "",
-                        "steps",
-                        "range",
-                        "step, ms",
-                        "predicted",
-                        "ratio",
-                        "to the level, s",
-                        "range",
-                        "sent, kB",
-                    )
-                    title = f"{name}, {self.form.hosts} hosts, {link}, a wait of {1e3 * wait:g} ms"
-                    parts.append(f"{title}\n\n{as_table(header, [line[1:] for line in lines])}")
-        whole = [
-            (row["contender"], row["link"], row["wait"], row["steps"], row["seconds"], f"{product:.1f}", row["score"])
-            for row in self.rows("whole")
-            if (product := self._product(row))
-        ]
-        runs = {(row["contender"], row["link"], row["wait"], row["slowness"]) for row in self.rows("islands")}
-        lines = [(*run, *self._islands_line(run)) for run in sorted(runs)]
-        if lines:
-            header = ("islands", "link", "wait", "one host slower", "steps", "seconds", "range", "DDP, s", "ratio")
-            parts.append(as_table(header, lines))
-        if whole:
-            header = ("end to end", "link", "wait", "steps", "seconds", "product", "score")
-            parts.append(as_table(header, whole))
-        return "\n\n".join(parts)
-
-    def _islands_line(self, run: tuple[str, ...]) -> tuple[str, ...]:
-        """Steps and seconds to the level beside DDP's, whose steps a slow host makes longer and not more."""
-        contender, link, wait, slowness = run
-        rows = self.rows("islands", contender=contender, link=link, wait=float(wait), slowness=float(slowness))
-        steps, seconds = ([float(row[name] or "inf") for row in rows] for name in ("steps", "seconds"))
-        like = {"task": rows[0]["task"], "contender": "ddp"}
-        each = self.rows("seconds", **like, link=link, wait=float(wait), slowness=float(slowness))
-        counts = [float(row["steps"] or "inf") for row in self.rows("steps", **like, part="test")]
-        median = statistics.median(seconds)
-        shown = f"{statistics.median(steps):g}", f"{median:.1f}", _range(seconds, ".1f")
-        if not each or not counts:
-            return *shown, "", ""
-        ddp = statistics.median(counts) * float(each[-1]["step_s"])
-        return *shown, f"{ddp:.1f}", f"{median / ddp:.2f}"
-
-    def _product(self, row: dict[str, str]) -> float | None:
-        each = self.step_seconds(row["task"], row["contender"], row["link"], float(row["wait"]))
-        return each and each * int(row["steps"])
-
-    def _lines(self, name: str, link: str, wait: float) -> Iterator[tuple]:
-        task, n = self.task(name), self.form.hosts
-        for contender in self.form.contenders:
-            each = self.step_seconds(name, contender, link, wait)
-            if each is None:
-                continue
-            alone = self.step_seconds(name, BASES[is_peer(contender)], link, wait)
-            predicted = predict(without_warmup(contender), task, n, link, alone or wait)
-            steps = [
-                float(row["steps"] or "inf") for row in self.rows("steps", task=name, contender=contender, part="test")
-            ]
-            times = self.seconds_to_level(name, contender, link, wait)
-            same = {"task": name, "link": link, "wait": wait, "slowness": self.form.slowness}
-            frames = self.rows("seconds", contender=without_warmup(contender), **same)[-1]["frame_bytes"]
-            median = statistics.median(times) if times else math.inf
-            yield (
-                median,
-                *(contender, f"{statistics.median(steps):g}" if steps else "", _range(steps, "g")),
-                *(f"{1e3 * each:.1f}", f"{1e3 * predicted:.1f}", f"{predicted / each:.2f}"),
-                *(f"{median:.1f}" if times else "", _range(times, ".1f"), f"{float(frames) / 1e3:.1f}"),
-            )
-
-
-def is_reached(score: float, task: Task) -> bool:
-    return score <= task.level if task.is_loss else score >= task.level
-
-
-def warmup_of(contender: str) -> int:
-    """Steps of DDP that come first."""
-    return int(contender.split("/")[2]) if contender.startswith("post_local/") else 0
-
-
-def without_warmup(contender: str) -> str:
-    """
-    >>> without_warmup("post_local/4/100")
-    'post_local/4/0'
-    """
-    name, *options = contender.split("/")
-    return f"{name}/{options[0]}/0" if name == "post_local" else contender
-
-
-def predict(contender: str, task: Task, n: int, link: str, compute: float) -> float:
-    """Seconds of a step by `crossover_jax.plan`, of what a step takes without an exchange, `compute`."""
-    on = plan.Link(bits_per_second(link) / 8 / HEADERS, LATENCY)
-    name, *options = contender.split("/")
-    model, every = 4.0 * tasks.num_params(task), period_of(contender)
-    if name in ("alone", "local"):
-        return compute
-    if name in ("allreduce", "ddp", "post_local", "diloco") or options == ["complete"]:
-        exchange = plan.allreduce_seconds(model, n, on)
-    elif "int8" in (name, *options):
-        exchange = plan.gossip_seconds(plan.BYTES["int8"] * model / 4, on, rounds=3)
-    else:
-        exchange = plan.gossip_seconds(model / int(options[0]) if name == "streamed" else model, on)
-    hides = "during" in options or name == "decent"
-    return max(compute, exchange / every) if hides else compute + exchange / every
-
-
-def _same(text: str, value: object) -> bool:
-    return text == value if isinstance(value, str) else float(text) == float(value)
-
-
-def _range(values: Sequence[float], form: str) -> str:
-    return f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else ""
 
 
 if __name__ == "__main__":
