@@ -13,7 +13,8 @@ from crossover_jax.islands.stream import LinkError
 from experiments.islands.measures import View, view_clock
 from experiments.islands.program import IslandProgram
 
-LOOK_S, MEAN_S = 1.0, 5.0  # seconds between two looks, and between two evaluations of the mean
+LOOK_S, MEAN_S = 1.0, 5.0  # seconds between two looks, and at least between two evaluations of the mean
+SHARE = 0.05  # of the time that evaluations may take: islands share these cores
 TIMEOUT_S = 2.0  # that an island has to answer
 
 
@@ -27,12 +28,12 @@ class Watcher:
         self._made, self._first = made, made.init()
 
     def run(self, over: threading.Event) -> None:
-        evaluated = time.monotonic()
+        due = time.monotonic() + MEAN_S
         while not over.wait(LOOK_S):
             self.look()
-            if time.monotonic() - evaluated > MEAN_S:
+            if (began := time.monotonic()) > due:
                 self.evaluate()
-                evaluated = time.monotonic()
+                due = time.monotonic() + max(MEAN_S, (time.monotonic() - began) / SHARE)
 
     def look(self) -> None:
         view = islands.look(self._roster, tls=None, timeout=TIMEOUT_S)

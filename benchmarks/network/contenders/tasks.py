@@ -32,7 +32,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "images": Task(
-        {"in": 784, "hidden": 256, "out": 10}, "sgd", BATCH, 1000, 20, (0.0125, 0.025, 0.05, 0.1), 0.88, False
+        {"in": 784, "hidden": 256, "out": 10}, "sgd", BATCH, 1500, 20, (0.025, 0.05, 0.1), 0.88, False
     ),
     "text": Task(
         {"vocabulary": 256, "width": 64, "layers": 2, "heads": 4, "mlp": 224, "sequence": 64},
@@ -46,7 +46,7 @@ WARMUP, LAST = 0.1, 0.1  # part of the steps, part of the highest rate
 def rate_at(step: int, task: Task, highest: float) -> float:
     """The learning rate of a step: up along a line, down along half of a cosine.
 
-    >>> [round(rate_at(t, TASKS["images"], 0.1), 3) for t in (0, 49, 99, 999)]
+    >>> [round(rate_at(t, TASKS["images"], 0.1), 3) for t in (0, 74, 149, 1499)]
     [0.001, 0.05, 0.1, 0.01]
     """
     up = WARMUP * task.steps
