@@ -5,7 +5,10 @@ Who hears whom in them is computed by the library's own pools and tables, what g
 
 import math
 import pathlib
+import statistics
 
+from benchmarks.network.contenders.tasks import is_peer
+from benchmarks.network.race_results import FORMS, SHOWN, Results
 from crossover_jax.topology import Pool, latin, shuffle
 from crossover_jax.topology.tables import Table
 from experiments import csv_rows
@@ -28,6 +31,8 @@ ARMS = {  # of them, as they are shown: a name, on which side of its point it st
     "NoLoCo 16": ("NoLoCo every 16", "start", -8),
     "allreduce": ("AllReduce", "end", -8),
 }
+
+RACE = pathlib.Path(__file__).parents[1] / "benchmarks" / "network" / "results"
 
 
 def drawn() -> tuple[Pool, Table]:
@@ -155,6 +160,30 @@ def frontier() -> str:
     return _picture(title, WIDTH, bottom + 50, parts)
 
 
+def race() -> str:
+    """Seconds to a level of accuracy on eight hosts, ours and others', at each link: medians of seeds."""
+    made = Results(FORMS["short"], RACE)
+    (wait,), links, left, wide = made.form.waits, made.form.links, 250, 190
+    racers = made.form.contenders
+    times = {
+        link: {c: statistics.median(made.seconds_to_level("images", c, link, wait)) for c in racers} for link in links
+    }
+    order, parts = sorted(racers, key=lambda c: times[links[0]][c]), []
+    for row, contender in enumerate(order):
+        colour = COLOURS[1 if is_peer(contender) else 0]
+        parts.append(_text(left - 12, 54 + 26 * row, SHOWN[contender], anchor="end", colour=colour))
+    for column, link in enumerate(links):
+        x, longest = left + column * (wide + 30), max(times[link].values())
+        parts.append(_text(x, 22, f"{link.removesuffix('mbit')} Mbit/s", anchor="start"))
+        for row, contender in enumerate(order):
+            y, seconds = 40 + 26 * row, times[link][contender]
+            length = (wide - 60) * seconds / longest
+            parts.append(_bar(x, y, length, COLOURS[1 if is_peer(contender) else 0], 18))
+            parts.append(_text(x + length + 6, y + 14, f"{seconds:.0f} s", anchor="start"))
+    title = "Seconds to 88 % on Fashion-MNIST, eight hosts: crossover_jax in blue, PyTorch's in orange"
+    return _picture(title, WIDTH, 40 + 26 * len(order) + 6, parts)
+
+
 def _step(gradient: str, update: str, sent: str = "") -> list[tuple[float, float, str]]:
     """A step's bars: beginning, length and colour of each."""
     return [(0, 1, gradient), (1, 0.2, update), *([(1.2, 0.4, sent)] if sent else [])]
@@ -175,7 +204,7 @@ def _bar(x: float, y: float, width: float, colour: str, thick: float = THICK) ->
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{thick:g}" fill="{colour}"/>'
 
 
-PICTURES = (exchange, pool, table, orders, frontier)
+PICTURES = (exchange, pool, table, orders, frontier, race)
 
 if __name__ == "__main__":
     for picture in PICTURES:

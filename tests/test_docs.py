@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from benchmarks.network import race_results
 from crossover_jax.__main__ import main as crossover_jax
 from experiments import csv_rows, flags
 from experiments.configs import default
@@ -100,6 +101,14 @@ def test_the_page_that_chooses_has_its_figures_from_the_results():
     measured = (ROOT / "docs/results.md").read_text() + (ROOT / "docs/language_models.md").read_text()
     assert len(figures) > 8
     assert [figure for figure in figures if figure.strip() not in measured] == []
+
+
+def test_the_tables_of_the_race_are_made_from_its_rows():
+    page = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    results = race_results.Results(race_results.FORMS["short"], ROOT / "benchmarks" / "network" / "results")
+    made = [line for line in results.as_text().splitlines() if line and "---" not in line]
+    assert len(made) > 20
+    assert [line for line in made if line not in page] == []
 
 
 @pytest.mark.parametrize(

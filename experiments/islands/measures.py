@@ -194,8 +194,9 @@ def sign(event: Event, victim: str, before: View, view: View, looks: Sequence[tu
         error = view[name].get("errors", {}).get(peer)
         if error and error != before.get(name, {}).get("errors", {}).get(peer):
             return f"{name}, exchange with {peer}: {error}"
-        worse = view[name].get("impaired", {}).get(peer, "")
-        if _WORSE.get(event.fault, "nothing") in worse:  # another fault may not be over yet
+        worse, was = (look.get(name, {}).get("impaired", {}).get(peer, "") for look in (view, before))
+        kind = _WORSE.get(event.fault, "nothing")
+        if kind in worse and kind not in was:  # another fault may not be over yet
             return f"{name}, link to {peer}: {worse}"
     if event.fault == SLOW and at - event.at > 4:
         first = next(look for when, look in looks if when > event.at + 0.5)

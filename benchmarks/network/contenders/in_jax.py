@@ -1,6 +1,6 @@
 """Our contenders: the tasks' models in JAX, and the algorithms, on hosts or simulated in one process.
 
-    alone, allreduce, sgp, crossover, rows, int8, int8/during, outer/16, outer/16/int8, streamed/16
+    alone, allreduce, sgp, crossover, rows, rows/during, int8, int8/during, outer/16, outer/16/int8, streamed/16
 
 `rows` is eight segments by rows, one channel after the other; `int8` three rounds in int8, by rows; `during` is that
 order. `outer/H` is an outer step after each H steps, of one exchange in float32 or of three in int8, and `streamed/H`

@@ -31,9 +31,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "images": Task(
-        {"in": 784, "hidden": 256, "out": 10}, "sgd", BATCH, 1500, 20, (0.025, 0.05, 0.1), 0.88, False
-    ),
+    "images": Task({"in": 784, "hidden": 256, "out": 10}, "sgd", BATCH, 1500, 20, (0.025, 0.05, 0.1), 0.88, False),
     "text": Task(
         {"vocabulary": 256, "width": 64, "layers": 2, "heads": 4, "mlp": 224, "sequence": 64},
         *("adamw", 64, 800, 20, (0.008, 0.016, 0.032), 2.3, True),
