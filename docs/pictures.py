@@ -8,7 +8,7 @@ import pathlib
 import statistics
 
 from benchmarks.network.contenders.tasks import is_peer
-from benchmarks.network.race_results import FORMS, SHOWN, Results
+from benchmarks.network.race_results import FORMS, SHOWN, Results, shown_rate
 from crossover_jax.topology import Pool, latin, shuffle
 from crossover_jax.topology.tables import Table
 from experiments import csv_rows
@@ -174,7 +174,7 @@ def race() -> str:
         parts.append(_text(left - 12, 54 + 26 * row, SHOWN[contender], anchor="end", colour=colour))
     for column, link in enumerate(links):
         x, longest = left + column * (wide + 30), max(times[link].values())
-        parts.append(_text(x, 22, f"{link.removesuffix('mbit')} Mbit/s", anchor="start"))
+        parts.append(_text(x, 22, shown_rate(link), anchor="start"))
         for row, contender in enumerate(order):
             y, seconds = 40 + 26 * row, times[link][contender]
             length = (wide - 60) * seconds / longest
