@@ -19,6 +19,7 @@ Each is a CSV, race_steps.csv and so on. Evaluations are not counted. `--table` 
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ import pathlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -35,7 +36,17 @@ from benchmarks.network import hosts
 from benchmarks.network.contenders import in_jax, tasks
 from benchmarks.network.contenders.tasks import Task, is_peer, period_of
 from benchmarks.network.hosts import bits_per_second
-from benchmarks.network.race_results import BASES, COLUMNS, FORMS, Form, Results, is_reached, predict, without_warmup
+from benchmarks.network.race_results import (
+    BASES,
+    COLUMNS,
+    FORMS,
+    Form,
+    Results,
+    best_of,
+    is_reached,
+    predict,
+    without_warmup,
+)
 from benchmarks.rows import append_rows
 
 
@@ -97,6 +108,22 @@ class Race(Results):
         outputs = hosts.run(commands, rate=link, burst=burst, env=env, timeout=3600)
         return [json.loads(text.splitlines()[-1]) for text in outputs]
 
+    def evaluate(self, name: str, part: str) -> Callable[[np.ndarray], float]:
+        """The score of a model's vector on a part of a task's examples."""
+        return in_jax.make_evaluate(self.task(name), tasks.read(self.folder, name, part))
+
+    @contextlib.contextmanager
+    def trained(
+        self, name: str, link: str | None, runs: Sequence[tuple[int, float]], evaluations: int, **job: object
+    ) -> Iterator[tuple[list[dict], np.ndarray]]:
+        """What each host says of runs, and their models, `[runs, evaluations, hosts, parameters]`."""
+        with tempfile.TemporaryDirectory(dir=hosts.FOLDER) as folder:
+            path = pathlib.Path(folder, "models.npy")
+            shape = (len(runs), evaluations, self.form.hosts, tasks.num_params(self.task(name)))
+            np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+            outputs = self.run(link, task=name, runs=runs, models=str(path), **job)
+            yield outputs, np.load(path, mmap_mode="r")
+
     # Steps to the level
 
     def measure_steps(self, name: str) -> None:
@@ -112,7 +139,7 @@ class Race(Results):
         runs = [run for run in runs if not self.rows("steps", **same, seed=run[0], learning_rate=run[1])]
         if not runs:
             return
-        evaluate = in_jax.make_evaluate(task, tasks.read(self.folder, name, part))
+        evaluate = self.evaluate(name, part)
         for (seed, rate), models in zip(runs, self._models(name, contender, runs), strict=True):
             scores, is_there = [], False
             for model in models:  # a simulation goes on as it is asked to
@@ -120,23 +147,19 @@ class Race(Results):
                 if is_there := is_reached(scores[-1], task):
                     break
             steps = len(scores) * task.every if is_there else ""
-            best = (min if task.is_loss else max)(scores)
+            best = best_of(scores, task)
             values = {"learning_rate": rate, "seed": seed, "steps": steps, "best": f"{best:.4f}"}
             self.add("steps", **same, **values)
 
     def _models(self, name: str, contender: str, runs: list[tuple[int, float]]) -> Iterator[Iterable[np.ndarray]]:
         """The averaged models of each run's evaluations."""
-        task, n = self.task(name), self.form.hosts
+        task = self.task(name)
         if not is_peer(contender):
             yield from self._simulated(name, contender, runs)
             return
-        with tempfile.TemporaryDirectory(dir=hosts.FOLDER) as folder:
-            path = pathlib.Path(folder, "models.npy")
-            shape = (len(runs), task.steps // task.every, n, tasks.num_params(task))
-            np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
-            job = {"kind": "train", "task": name, "contender": contender, "runs": runs, "models": str(path)}
-            self.run(None, **job, steps=task.steps, wait=0.0)
-            for run in np.load(path, mmap_mode="r"):
+        job = {"kind": "train", "contender": contender, "steps": task.steps, "wait": 0.0}
+        with self.trained(name, None, runs, task.steps // task.every, **job) as (_, models):
+            for run in models:
                 yield (evaluation.mean(0) for evaluation in run)
 
     def _simulated(self, name: str, contender: str, runs: list[tuple[int, float]]) -> Iterator[Iterator[np.ndarray]]:
@@ -195,22 +218,17 @@ class Race(Results):
 
     def measure_whole(self, name: str) -> None:
         """To the step at which the run without limited links reached the level, with the same seed and rate."""
-        task, n = self.task(name), self.form.hosts
+        task = self.task(name)
         for contender, link, wait in self.form.whole if name == "images" else ():
             same = {"task": name, "contender": contender, "link": link, "wait": wait}
             found = self.rows("steps", task=name, contender=contender, part="test", seed=1)
             if self.rows("whole", **same) or not found or not found[0]["steps"]:
                 continue
             steps, rate = int(found[0]["steps"]), float(found[0]["learning_rate"])
-            with tempfile.TemporaryDirectory(dir=hosts.FOLDER) as folder:
-                path = pathlib.Path(folder, "models.npy")
-                shape = (1, steps // task.every, n, tasks.num_params(task))
-                np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
-                job = {"kind": "train", "task": name, "contender": contender, "runs": [(1, rate)], "models": str(path)}
-                warmup = max(2, period_of(contender))
-                outputs = self.run(link, **job, steps=steps, wait=wait, warmup=warmup)
-                model = np.load(path, mmap_mode="r")[0, -1].mean(0)
-                score = in_jax.make_evaluate(task, tasks.read(self.folder, name, "test"))(model)
+            job = {"kind": "train", "contender": contender, "steps": steps, "wait": wait}
+            job |= {"warmup": max(2, period_of(contender))}
+            with self.trained(name, link, [(1, rate)], steps // task.every, **job) as (outputs, models):
+                score = self.evaluate(name, "test")(models[0, -1].mean(0))
             seconds = max(host["seconds"][0][-1] for host in outputs)
             values = {"learning_rate": rate, "seed": 1, "steps": steps, "seconds": f"{seconds:.2f}"}
             self.add("whole", **same, **values, score=f"{score:.4f}")
@@ -219,7 +237,7 @@ class Race(Results):
 
     def measure_islands(self, name: str) -> None:
         """To the level, or to the end of the schedule: what the clock counts are steps of all hosts together."""
-        task, n = self.task(name), self.form.hosts
+        task = self.task(name)
         for contender in self.form.islands:
             for link, wait, seed in itertools.product(self.form.links, self.form.waits, range(1, 1 + self.form.seeds)):
                 same = {"task": name, "contender": contender, "link": link, "wait": wait, "seed": seed}
@@ -227,20 +245,15 @@ class Race(Results):
                 if self.rows("islands", **same):
                     continue
                 rate = self.best_rate(name, "int8")
-                with tempfile.TemporaryDirectory(dir=hosts.FOLDER) as folder:
-                    path = pathlib.Path(folder, "models.npy")
-                    shape = (1, task.steps // task.every, n, tasks.num_params(task))
-                    np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
-                    job = {"kind": "islands", "task": name, "contender": contender, "runs": [(seed, rate)]}
-                    job |= {"models": str(path), "wait": wait, "slow_host": 0, "slowness": self.form.slowness}
-                    outputs = self.run(link, **job)
-                    evaluate = in_jax.make_evaluate(task, tasks.read(self.folder, name, "test"))
-                    scores = [evaluate(models.mean(0)) for models in np.load(path, mmap_mode="r")[0]]
+                job = {"kind": "islands", "contender": contender, "wait": wait, "slow_host": 0}
+                job |= {"slowness": self.form.slowness}
+                with self.trained(name, link, [(seed, rate)], task.steps // task.every, **job) as (outputs, models):
+                    evaluate = self.evaluate(name, "test")
+                    scores = [evaluate(evaluation.mean(0)) for evaluation in models[0]]
                 at = next((i for i, score in enumerate(scores) if is_reached(score, task)), None)
                 seconds = "" if at is None else f"{max(host['seconds'][0][at] for host in outputs):.2f}"
                 values = {"learning_rate": rate, "steps": "" if at is None else (at + 1) * task.every}
-                best = (min if task.is_loss else max)(scores)
-                self.add("islands", **same, **values, seconds=seconds, best=f"{best:.4f}")
+                self.add("islands", **same, **values, seconds=seconds, best=f"{best_of(scores, task):.4f}")
 
 
 if __name__ == "__main__":

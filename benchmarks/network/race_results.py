@@ -15,47 +15,21 @@ from crossover_jax import plan
 STEPS = ("task", "contender", "hosts", "part", "learning_rate", "seed", "steps", "best")
 SECONDS = ("task", "contender", "hosts", "link", "wait", "slowness", "count", "step_s", "frame_bytes")
 WHOLE = ("task", "contender", "hosts", "link", "wait", "learning_rate", "seed", "steps", "seconds", "score")
-ISLANDS = (
-    "task",
-    "contender",
-    "hosts",
-    "link",
-    "wait",
-    "slowness",
-    "learning_rate",
-    "seed",
-    "steps",
-    "seconds",
-    "best",
-)
+ISLANDS = (*SECONDS[:6], "learning_rate", "seed", "steps", "seconds", "best")
 COLUMNS = {"steps": STEPS, "seconds": SECONDS, "whole": WHOLE, "islands": ISLANDS}
 HEADERS = 1.05  # of the bytes of frames to those of messages: docs/performance.md
 LATENCY = 1e-4  # seconds, of a message between two idle hosts of the laboratory
 OURS = (
-    "allreduce",
-    "sgp",
-    "crossover",
-    "rows",
-    "rows/during",
-    "int8",
-    "int8/during",
-    "outer/16",
-    "outer/16/int8",
-    "outer/64/int8",
+    *("allreduce", "sgp", "crossover", "rows", "rows/during", "int8", "int8/during"),
+    *("outer/16", "outer/16/int8", "outer/64/int8"),
 )
 THEIRS = (
     *("ddp", "decent/complete", "decent/one-peer-exp", "post_local/4/100", "post_local/16/0", "post_local/64/0"),
     *("diloco/16", "diloco/64"),
 )
 SHORT = (
-    "allreduce",
-    "rows/during",
-    "int8",
-    "outer/16/int8",
-    "ddp",
-    "decent/one-peer-exp",
-    "post_local/16/0",
-    "diloco/16",
+    *("allreduce", "rows/during", "int8", "outer/16/int8"),
+    *("ddp", "decent/one-peer-exp", "post_local/16/0", "diloco/16"),
 )
 SHOWN = {  # contenders, as pages and pictures call them
     **{"alone": "no exchange, JAX", "local": "no exchange, PyTorch"},
@@ -186,7 +160,7 @@ class Results:
                 shown = [_with_range(each, ".0f") + " s" if each else "" for each in times]
                 cells = SHOWN[contender], f"{self.best_rate(name, contender):g}", _with_range(steps, "g"), *shown
                 lines.append((statistics.median(times[0] or [math.inf]), cells))
-        header = f"{name}, a wait of {1e3 * wait:g} ms", "learning rate", "steps", *map(_rate, links)
+        header = f"{name}, a wait of {1e3 * wait:g} ms", "learning rate", "steps", *map(shown_rate, links)
         return _table(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
     def _table_of_steps(self, name: str, wait: float) -> str:
@@ -204,7 +178,7 @@ class Results:
                 cells.append(f"{1e3 * each:.0f} ms" + ("" if is_base else f" ({predicted / each:.2f})"))
             if any(cells):
                 lines.append((SHOWN[contender], *cells))
-        return _table((f"{name}, a wait of {1e3 * wait:g} ms", *map(_rate, self.form.links)), lines)
+        return _table((f"{name}, a wait of {1e3 * wait:g} ms", *map(shown_rate, self.form.links)), lines)
 
     def _table_of_whole(self) -> str:
         lines = []
@@ -213,7 +187,7 @@ class Results:
             if each is not None:
                 product, took = each * int(row["steps"]), float(row["seconds"])
                 shown = f"{took:.0f} s", f"{product:.0f} s", f"{product / took:.2f}", row["score"]
-                lines.append((SHOWN[row["contender"]], _rate(row["link"]), row["steps"], *shown))
+                lines.append((SHOWN[row["contender"]], shown_rate(row["link"]), row["steps"], *shown))
         return _table(("end to end", "link", "steps", "took", "product", "ratio", "score"), lines)
 
     def _table_of_islands(self) -> str:
@@ -229,12 +203,16 @@ class Results:
                 ratio = f"{statistics.median(seconds) / statistics.median(ddp):.2f}"
             shown = f"{_with_range(seconds, '.0f')} s", f"{statistics.median(ddp):.0f} s" if ddp else "", ratio
             slow = f"{slowness:g} times" if slowness != 1 else "no"
-            lines.append((f"every {contender.split('/')[1]}", _rate(link), slow, _with_range(steps, "g"), *shown))
+            lines.append((f"every {contender.split('/')[1]}", shown_rate(link), slow, _with_range(steps, "g"), *shown))
         return _table(("islands", "link", "a slow host", "steps", "islands", "DDP", "ratio"), lines)
 
 
 def is_reached(score: float, task: Task) -> bool:
     return score <= task.level if task.is_loss else score >= task.level
+
+
+def best_of(scores: Sequence[float], task: Task) -> float:
+    return (min if task.is_loss else max)(scores)
 
 
 def warmup_of(contender: str) -> int:
@@ -279,7 +257,11 @@ def _with_range(values: Sequence[float], form: str) -> str:
     return f"{median} ({least} to {most})" if len(set(values)) > 1 else median
 
 
-def _rate(link: str) -> str:
+def shown_rate(link: str) -> str:
+    """
+    >>> shown_rate("50mbit")
+    '50 Mbit/s'
+    """
     return f"{link.removesuffix('mbit')} Mbit/s"
 
 

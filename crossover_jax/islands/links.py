@@ -77,11 +77,11 @@ class Links:
             del of_peers[next(iter(of_peers))]
 
     def _impairment(self, peer: str) -> str:
-        known = {other: self._sums[other] for other in self.members if self._sums.get(other, (0.0,))[0] > KNOWN}
-        others = [sums[1] / sums[2] for other, sums in known.items() if other != peer]
-        if peer not in known:
+        number, num_bytes, seconds, sent, again = self._sums[peer]
+        if number <= KNOWN or peer not in self.members:
             return ""
-        _, num_bytes, seconds, sent, again = known[peer]
+        known = (self._sums[other] for other in self.members if other != peer and other in self._sums)
+        others = [sums[1] / sums[2] for sums in known if sums[0] > KNOWN]
         was, pace = self.impaired.get(peer, ""), num_bytes / seconds
         found = []
         if others and pace < (FAST if "Mbit" in was else SLOW) * (median := statistics.median(others)):

@@ -190,12 +190,12 @@ def sign(event: Event, victim: str, before: View, view: View, looks: Sequence[tu
         return (
             f"{victim} is new, its state from {head.get('origin')}" if event.is_new_life or event.fault == LATE else ""
         )
+    kind = _WORSE.get(event.fault, "nothing")
     for name, peer in [(other, victim) for other in view] + [(victim, other) for other in view]:
         error = view[name].get("errors", {}).get(peer)
         if error and error != before.get(name, {}).get("errors", {}).get(peer):
             return f"{name}, exchange with {peer}: {error}"
         worse, was = (look.get(name, {}).get("impaired", {}).get(peer, "") for look in (view, before))
-        kind = _WORSE.get(event.fault, "nothing")
         if kind in worse and kind not in was:  # another fault may not be over yet
             return f"{name}, link to {peer}: {worse}"
     if event.fault == SLOW and at - event.at > 4:

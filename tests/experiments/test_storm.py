@@ -275,7 +275,7 @@ def test_a_small_storm_ends_nobody_but_its_victims(tmp_path):
         [sys.executable, "-m", "experiments.islands.storm", *own, *TINY], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    killed, stopped = csv.DictReader((folder / "events.csv").open())
+    killed, stopped = csv.DictReader((folder / "events.csv").read_text().splitlines())
     assert (killed["fault"], killed["window"]) == ("killed", "sending")
     assert (stopped["fault"], stopped["window"]) == ("stopped", "idle")
     for row in (killed, stopped):
